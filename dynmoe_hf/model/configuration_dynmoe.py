@@ -1,0 +1,268 @@
+# Copyright 2026 The dynmoe_hf developers. Licensed under the Apache License, Version 2.0.
+"""DynMoeConfig. No `from __future__ import annotations` here: it would switch off the type checks of `@strict`."""
+
+import difflib
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .methods import RoutingSpec, check, default_slots, expand, with_own_slots
+
+POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "num_experts",
+)
+
+
+@strict
+class DynMoeConfig(PreTrainedConfig):
+    """Configuration of a decoder whose FFN blocks are mixture-of-experts layers with selectable routing.
+
+    Args:
+        vocab_size: rows of the embedding.
+        hidden_size: D.
+        intermediate_size: width of the FFN in dense layers.
+        moe_intermediate_size: I, width of one expert.
+        num_hidden_layers: decoder layers.
+        num_attention_heads, num_key_value_heads, head_dim: attention; key-value heads default to the heads, the head
+            dimension to `hidden_size / num_attention_heads`.
+        hidden_act: activation of the gate, a name in transformers' `ACT2FN`.
+        max_position_embeddings: longest sequence.
+        initializer_range: standard deviation of all matrices at the start.
+        rms_norm_eps, attention_bias, attention_dropout, tie_word_embeddings, use_cache: as in Llama.
+        rope_parameters: any rope type of transformers, e.g. `{"rope_type": "default", "rope_theta": 10000.0}`.
+        qk_norm: RMSNorm on queries and keys: `none`, `per_head` (Qwen3), or `full` width (OLMoE).
+        sliding_window: tokens each token may attend to, itself included; None for all before it.
+        layer_types: `full_attention` or `sliding_attention` for each layer; None gives every layer the window, if any.
+        num_experts: E, routed experts of each MoE layer.
+        num_experts_per_tok: k of `top_k`, and the cap of selectors that choose the number themselves. None gives 2 to
+            `top_k` and no cap (E) to the others.
+        num_shared_experts: experts that every token uses; together one FFN of this many times `moe_intermediate_size`.
+        mlp_layer_types: `sparse` or `dense` for each layer; None makes every layer sparse.
+        routing: a method name, or a dict that changes its parts (see methods.py); stored in expanded form.
+        layer_routing: layer index -> changes to `routing` for that layer alone.
+        router_dtype: `float32`, or `model` to select in the dtype of the hidden states, as some released codes do.
+        aux_reduction: how auxiliary losses are reduced over layers: `mean`, `sum`, or `pooled` (see losses.py).
+        balance_scope: tokens that the load balance averages over before it multiplies: one `sequence`, or all tokens of
+            one forward call (`micro`, the papers' form). Only `sequence` does not depend on how a batch is cut.
+        balance_normalize: divide usage by the mean number of experts, so that perfect balance costs 1.
+        output_router_logits: return the router logits of every layer, and the load-balance loss as `aux_loss`.
+
+    Raises:
+        ValueError: on an unknown name, an impossible value or an impossible combination.
+    """
+
+    model_type = "dynmoe"
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "router_logits",
+        "routing",
+        "experts_per_token",
+        "lm_loss",
+        "aux_loss",
+        "aux_losses",
+    ]
+    attribute_map = {"num_local_experts": "num_experts"}
+
+    base_model_tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    moe_intermediate_size: int = 704
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    qk_norm: Literal["none", "per_head", "full"] = "none"
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    num_experts: int = 8
+    num_experts_per_tok: int | None = None
+    num_shared_experts: int = 0
+    mlp_layer_types: list[str] | None = None
+    routing: str | dict | None = None
+    layer_routing: dict | None = None
+    router_dtype: Literal["float32", "model"] = "float32"
+    aux_reduction: Literal["mean", "sum", "pooled"] = "mean"
+    balance_scope: Literal["sequence", "micro"] = "sequence"
+    balance_normalize: bool = False
+    output_router_logits: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
+        _refuse_misspelt(self, kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                    f"{self.num_attention_heads}; give head_dim to choose the size of a head yourself."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.routing = expand(self.routing)
+        if self.num_experts_per_tok is None:
+            self.num_experts_per_tok = default_slots(self.routing, self.num_experts)
+        self.layer_routing = {int(layer): changes for layer, changes in (self.layer_routing or {}).items()}
+        self.check()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but `routing` changes the stored one (see `change_routing`) instead of replacing it."""
+        changes = kwargs.pop("routing", None)
+        keep_slots = "num_experts_per_tok" in kwargs
+        loaded = super().from_dict(config_dict, **kwargs)
+        if changes is not None:
+            config = loaded[0] if isinstance(loaded, tuple) else loaded
+            config.change_routing(changes, keep_slots=keep_slots)
+        return loaded
+
+    def change_routing(
+        self, changes: str | dict[str, Any], layers: list[int] | None = None, keep_slots: bool = False
+    ) -> None:
+        """Change the routing of this config in place, or not at all.
+
+        Args:
+            changes: a method name, or a dict of changes to the present routing.
+            layers: change only these layers; None changes the model's routing, which layers with a `layer_routing` of
+                their own keep overriding.
+            keep_slots: keep `num_experts_per_tok` even if the selector becomes another one. Otherwise it then returns
+                to the new selector's default, because k of one is no cap for the other.
+
+        Raises:
+            ValueError: when the change is refused; the config is then as it was.
+        """
+        before = (self.routing, self.layer_routing, self.num_experts_per_tok)
+        if layers is not None:
+            changed = {layer: expand(changes, self.routing_for(layer)) for layer in layers}
+            self.layer_routing = {**(self.layer_routing or {}), **changed}
+        else:
+            old = expand(self.routing)
+            self.routing = expand(changes, old)
+            if self.routing["selector"]["type"] != old["selector"]["type"] and not keep_slots:
+                self.num_experts_per_tok = default_slots(self.routing, self.num_experts)
+        try:
+            self.check()
+        except ValueError:
+            self.routing, self.layer_routing, self.num_experts_per_tok = before
+            raise
+
+    def routing_for(self, layer_idx: int) -> RoutingSpec:
+        """The full routing specification of one layer."""
+        base = expand(self.routing)
+        changes = (self.layer_routing or {}).get(layer_idx)
+        return base if changes is None else with_own_slots(expand(changes, base), base, self.num_experts)
+
+    def is_sparse(self, layer_idx: int) -> bool:
+        """Whether the FFN of this layer is a mixture of experts."""
+        return self.mlp_layer_types is None or self.mlp_layer_types[layer_idx] == "sparse"
+
+    def window_for(self, layer_idx: int) -> int | None:
+        """Sliding window of this layer's attention in tokens, None for full attention."""
+        if self.layer_types is not None and self.layer_types[layer_idx] == "full_attention":
+            return None
+        return self.sliding_window
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """The load-balance coefficient under the name that vLLM and TRL read."""
+        return expand(self.routing)["losses"]["load_balance"]
+
+    @router_aux_loss_coef.setter
+    def router_aux_loss_coef(self, value: float) -> None:
+        self.routing = expand({"losses": {"load_balance": value}}, expand(self.routing))
+
+    def check(self) -> None:
+        """Refuse impossible values and combinations; called when a config, and again when a model, is built.
+
+        Raises:
+            ValueError: naming the field and the reason.
+        """
+        for name in POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of num_key_value_heads="
+                f"{self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
+        if self.num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts must be 0 or more, got {self.num_shared_experts}.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id={self.pad_token_id} is outside the vocabulary of {self.vocab_size} tokens.")
+        self._check_layers("mlp_layer_types", ("sparse", "dense"))
+        self._check_layers("layer_types", ("full_attention", "sliding_attention"))
+        if self.layer_types and "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise ValueError("layer_types has a sliding_attention layer, but sliding_window is not set.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1 token or None, got {self.sliding_window}.")
+        for layer in self.layer_routing or {}:
+            if not 0 <= layer < self.num_hidden_layers:
+                raise ValueError(f"layer_routing names layer {layer}, but there are {self.num_hidden_layers} layers.")
+            if not self.is_sparse(layer):
+                raise ValueError(f"layer_routing names layer {layer}, which mlp_layer_types makes dense.")
+        for layer_idx in range(self.num_hidden_layers):
+            if self.is_sparse(layer_idx):
+                check(self.routing_for(layer_idx), self)
+
+    def _check_layers(self, name: str, accepted: tuple[str, ...]) -> None:
+        values = getattr(self, name)
+        if values is None:
+            return
+        if len(values) != self.num_hidden_layers:
+            raise ValueError(f"{name} has {len(values)} entries for {self.num_hidden_layers} layers.")
+        for value in values:
+            if value not in accepted:
+                raise ValueError(f"{name} accepts {' and '.join(accepted)}, got {value!r}.")
+
+
+def _refuse_misspelt(config: PreTrainedConfig, extra: dict[str, Any]) -> None:
+    """transformers keeps unknown keyword arguments as attributes; one that resembles a field is a typing mistake."""
+    fields = [name for name in type(config).__dataclass_fields__ if not name.endswith("_token_id")]
+    for name in set(extra) - {"rope_theta", "rope_scaling"}:
+        if close := difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
+            raise ValueError(f"Unknown configuration field {name!r}. Did you mean {close[0]!r}?")
+
+
+__all__ = ["DynMoeConfig"]

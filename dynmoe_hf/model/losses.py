@@ -1,0 +1,179 @@
+# Copyright 2026 The dynmoe_hf developers. Licensed under the Apache License, Version 2.0.
+"""Auxiliary losses: pure functions of the Routing of each layer, over real tokens only.
+
+They mean the same however a batch is cut. Every sequence b of a batch has a weight `w_b`, its share of the labels,
+and a loss over tokens is `sum_b w_b * mean over the real tokens of b`. Cross-entropy under the HF Trainer is divided by
+`num_items_in_batch`, the labels of the whole optimizer step; multiplied by (labels here / num_items_in_batch), these
+sums add up over micro-batches and processes to the value, and the gradient, of the undivided batch.
+
+Load balance is the product of two means, so it is additive only if the product is taken where the cut cannot reach:
+inside a sequence (`balance_scope="sequence"`, the default). `balance_scope="micro"` takes both means over all real
+tokens of one forward call, as the papers write it; its value then depends on how the batch was cut.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .routing import Routing
+
+BalanceScope = Literal["sequence", "micro"]
+AuxReduction = Literal["mean", "sum", "pooled"]
+
+
+class TokenWeights(NamedTuple):
+    """How much every token of a call counts."""
+
+    real: Tensor  # (B, S) float32, 1 on real tokens
+    sequence: Tensor  # (B,) float32, w_b: sums to 1 unless the call has no label at all
+
+    @classmethod
+    def build(
+        cls, token_mask: Tensor | None, label_counts: Tensor | None, shape: tuple[int, int], device: torch.device
+    ) -> "TokenWeights":
+        """Weights of one forward call.
+
+        Args:
+            token_mask: (B, S) bool, or None when every token is real.
+            label_counts: (B,) labels in each sequence, or None without labels: then sequences count by real tokens.
+            shape: (B, S).
+            device: where the losses are computed.
+        """
+        if token_mask is None:
+            real = torch.ones(shape, dtype=torch.float32, device=device)
+        else:
+            real = token_mask.to(device=device, dtype=torch.float32)
+        counts = real.sum(-1) if label_counts is None else label_counts.to(device=device, dtype=torch.float32)
+        return cls(real, counts / counts.sum().clamp_min(1.0))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """`sum_b w_b * mean over the real tokens of b` of per-token values (T,)."""
+        per_sequence = (values.view_as(self.real) * self.real).sum(-1) / self.real.sum(-1).clamp_min(1.0)
+        return (self.sequence * per_sequence).sum()
+
+
+def usage_and_probability(
+    routing: Routing, weights: TokenWeights, scope: BalanceScope
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two means of the load-balance loss, and the weight of each group of tokens they are taken over.
+
+    Returns:
+        f (G, E), share of tokens that use expert e, rows sum to the mean number of experts, no gradient; Q (G, E), mean
+        probability of expert e; w (G,). G = B groups for scope `sequence`, one for `micro`.
+    """
+    batch_size, sequence_length = weights.real.shape
+    selected = routing.selected().view(batch_size, sequence_length, -1)
+    probs = routing.probs.view(batch_size, sequence_length, -1)
+    if scope == "sequence":
+        tokens = weights.real / weights.real.sum(-1, keepdim=True).clamp_min(1.0)
+        group = weights.sequence
+    else:
+        tokens = weights.real / weights.real.sum().clamp_min(1.0)
+        group = weights.sequence.sum()[None]
+    usage = torch.einsum("bs,bse->be", tokens, selected)
+    probability = torch.einsum("bs,bse->be", tokens, probs)
+    if scope == "micro":
+        usage, probability = usage.sum(0, keepdim=True), probability.sum(0, keepdim=True)
+    return usage, probability, group
+
+
+def balance_product(usage: Tensor, probability: Tensor, group: Tensor, normalize: bool) -> Tensor:
+    """`E * sum_e f_e Q_e`, averaged over groups with their weights."""
+    if normalize:
+        usage = usage / usage.sum(-1, keepdim=True).clamp_min(torch.finfo(usage.dtype).tiny)
+    return usage.shape[-1] * (group * (usage * probability).sum(-1)).sum()
+
+
+def entropy(routing: Routing, weights: TokenWeights) -> Tensor:
+    """Mean entropy of the probabilities over all experts, 0 ... ln E nats.
+
+    The dynamic loss of top-p routing (Huang et al. 2024, arXiv 2403.07652, section 3.2).
+    """
+    probs = routing.probs
+    # The clamp keeps the gradient finite where a probability has underflowed to 0.
+    return weights.mean(-(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1))
+
+
+def router_z(routing: Routing, weights: TokenWeights) -> Tensor:
+    """Mean squared log-sum-exp of the logits (ST-MoE, Zoph et al. 2022, arXiv 2202.08906, equation 5)."""
+    return weights.mean(routing.logits.logsumexp(-1).square())
+
+
+TOKEN_LOSSES: dict[str, Callable[[Routing, TokenWeights], Tensor]] = {"dynamic": entropy, "router_z": router_z}
+LOSSES: dict[str, str] = {
+    "load_balance": "E * sum of expert usage x mean probability (Switch, arXiv 2101.03961, equations 4-6)",
+    "dynamic": "entropy of the router's distribution (top-p, arXiv 2403.07652)",
+    "router_z": "squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906)",
+}
+
+
+def load_balance(
+    routings: Sequence[Routing],
+    weights: TokenWeights,
+    scope: BalanceScope = "sequence",
+    normalize: bool = False,
+    pooled: bool = False,
+) -> Tensor:
+    """Load-balance loss of each layer, `E * sum_e f_e Q_e` (Switch, arXiv 2101.03961, equations 4-6).
+
+    Args:
+        routings: one Routing a layer.
+        weights: which tokens are real, and the weight of each sequence.
+        scope: the tokens that f and Q are averaged over: one `sequence`, or the whole call (`micro`).
+        normalize: divide f by its sum, so that perfect balance gives 1 instead of the mean number of experts.
+        pooled: average f and Q over the layers before they are multiplied, as Mixtral in transformers and the released
+            RMoE code do. A layer's overload then hides behind another layer's underload.
+
+    Returns:
+        (layers,) float32; with `pooled` a single element.
+    """
+    parts = [usage_and_probability(routing, weights, scope) for routing in routings]
+    group = parts[0][2]
+    if pooled:
+        usage = torch.stack([part[0] for part in parts]).mean(0)
+        probability = torch.stack([part[1] for part in parts]).mean(0)
+        return balance_product(usage, probability, group, normalize)[None]
+    return torch.stack([balance_product(usage, probability, group, normalize) for usage, probability, _ in parts])
+
+
+def auxiliary_losses(
+    routings: Sequence[Routing],
+    coefficients: Sequence[dict[str, float]],
+    weights: TokenWeights,
+    scope: BalanceScope = "sequence",
+    normalize: bool = False,
+    reduction: AuxReduction = "mean",
+) -> tuple[dict[str, Tensor], Tensor]:
+    """All auxiliary losses of a model.
+
+    Args:
+        routings: one Routing a MoE layer.
+        coefficients: for each of these layers, loss name -> coefficient; a loss with coefficient 0 is not computed.
+        reduction: over layers. `mean`; `sum`; `pooled` as `mean`, with the load balance pooled (see `load_balance`).
+
+    Returns:
+        The losses by name, each reduced over the layers that have it and without its coefficient, and their weighted
+        sum (a float32 scalar that carries gradient).
+    """
+    device = weights.real.device
+    routings = [Routing(*(None if part is None else part.to(device) for part in routing)) for routing in routings]
+    losses: dict[str, Tensor] = {}
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for name in LOSSES:
+        layers = [layer for layer, values in enumerate(coefficients) if values.get(name)]
+        if not layers:
+            continue
+        active = [routings[layer] for layer in layers]
+        factors = torch.tensor([float(coefficients[layer][name]) for layer in layers], device=device)
+        if name == "load_balance":
+            values = load_balance(active, weights, scope, normalize, pooled=reduction == "pooled")
+        else:
+            values = torch.stack([TOKEN_LOSSES[name](routing, weights) for routing in active])
+        if reduction == "sum":
+            losses[name], term = values.sum(), (factors * values).sum()
+        else:
+            losses[name], term = values.mean(), (factors * values).sum() / len(routings)
+        total = total + term
+    return losses, total

@@ -1,0 +1,640 @@
+# Copyright 2026 The dynmoe_hf developers. Licensed under the Apache License, Version 2.0.
+"""The DynMoE decoder: Llama-style attention, and FFN blocks that are mixtures of experts with selectable routing.
+
+Shapes as in routing.py; `H` attention heads, `V` vocabulary. A decoder layer returns its hidden states and, beside
+them, the fields of its Routing; nothing in a layer is changed by a forward pass. The model gathers the Routings, and
+the heads turn them into auxiliary losses, outside the code that activation checkpointing may run twice.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .attention import DynMoeAttention, DynMoeRMSNorm, DynMoeRotaryEmbedding
+from .compat import (
+    GradientCheckpointingLayer,
+    OutputRecorder,
+    can_return_tuple,
+    capture_outputs,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    merge_with_config_defaults,
+    use_experts_implementation,
+)
+from .configuration_dynmoe import DynMoeConfig
+from .dispatch import run_experts
+from .losses import TokenWeights, auxiliary_losses
+from .methods import RoutingSpec, part_options
+from .outputs import DynMoeCausalLMOutput, DynMoeModelOutput, DynMoeQuestionAnsweringOutput
+from .routing import Routing, RoutingContext, real_tokens
+from .scorers import SCORERS, Scorer
+from .selectors import SELECTORS, Selector
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_dynmoe.DynMoeConfig",
+    "AutoModel": "modeling_dynmoe.DynMoeModel",
+    "AutoModelForCausalLM": "modeling_dynmoe.DynMoeForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_dynmoe.DynMoeForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_dynmoe.DynMoeForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_dynmoe.DynMoeForQuestionAnswering",
+}
+
+
+class DynMoeMLP(nn.Module):
+    """`down(act(gate x) * up x)`: the FFN of dense layers and of the shared experts."""
+
+    def __init__(self, config: DynMoeConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+@use_experts_implementation
+class DynMoeExperts(nn.Module):
+    """SwiGLU experts with fused weights. The forward written here is the engine `eager`."""
+
+    def __init__(self, config: DynMoeConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        width, hidden_size = config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(T, D), expert ids (T, K) below E, weights (T, K) -> weighted sums (T, D)."""
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            token, slot = (top_k_index == expert).nonzero(as_tuple=True)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            weighted = expert_output * top_k_weights[token, slot, None]
+            output = output.index_add(0, token, weighted.to(output.dtype))
+        return output
+
+
+EXPERT_LAYOUTS: dict[str, type[nn.Module]] = {"swiglu": DynMoeExperts}
+
+
+class DynMoeBlock(nn.Module):
+    """A mixture-of-experts FFN: scorer (`gate`), selector, experts, and shared experts if any."""
+
+    def __init__(self, config: DynMoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.router_dtype = config.router_dtype
+        spec = config.routing_for(layer_idx)
+        self.gate = SCORERS[spec["scorer"]["type"]](part_options("scorer", spec["scorer"]), config)
+        self.selector = _build_selector(spec, config)
+        self.experts = EXPERT_LAYOUTS[spec["experts"]["type"]](config)
+        self.shared_experts = None
+        if config.num_shared_experts:
+            self.shared_experts = DynMoeMLP(config, config.num_shared_experts * config.moe_intermediate_size)
+
+    def route(self, hidden_states: Tensor, context: RoutingContext) -> Routing:
+        """Score and select for normalised FFN inputs (T, D); padding selects nothing."""
+        with _without_autocast(hidden_states.device.type):
+            scores = self.gate(hidden_states, context)
+            logits = scores.logits.to(hidden_states.dtype) if self.router_dtype == "model" else scores.logits
+            routing = self.selector(logits, context)
+        routing = routing._replace(
+            weights=routing.weights.to(hidden_states.dtype),
+            logits=scores.logits,
+            probs=routing.probs.float(),
+            state=scores.state,
+        )
+        return routing.masked(context.token_mask)
+
+    def forward(self, hidden_states: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
+        """(B, S, D) -> (B, S, D) and the Routing of its B * S tokens."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routing = self.route(tokens, context)
+        fills_every_slot = self.selector.fills_every_slot and context.token_mask is None
+        output = run_experts(self.experts, tokens, routing, fills_every_slot).view_as(hidden_states)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        return output, routing
+
+
+def _build_selector(spec: RoutingSpec, config: DynMoeConfig) -> Selector:
+    return SELECTORS[spec["selector"]["type"]](part_options("selector", spec["selector"]), config)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class DynMoeDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and FFN, each with its residual."""
+
+    def __init__(self, config: DynMoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.self_attn = DynMoeAttention(config, layer_idx)
+        self.is_sparse = config.is_sparse(layer_idx)
+        self.mlp = DynMoeBlock(config, layer_idx) if self.is_sparse else DynMoeMLP(config, config.intermediate_size)
+        self.input_layernorm = DynMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = DynMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        router_state: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, ...]:
+        """Hidden states (B, S, D) followed, in a sparse layer, by the fields of its Routing.
+
+        The two tensors that carry gradient come first and by position, as re-entrant checkpointing asks.
+        """
+        attention_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention_output
+        ffn_input = self.post_attention_layernorm(hidden_states)
+        if not self.is_sparse:
+            return (hidden_states + self.mlp(ffn_input),)
+        ffn_output, routing = self.mlp(ffn_input, RoutingContext(self.layer_idx, token_mask, router_state))
+        return (hidden_states + ffn_output, *routing)
+
+
+class DynMoePreTrainedModel(PreTrainedModel):
+    """What all models of the family share: initialisation, the change of routing, losses, saving."""
+
+    config: DynMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DynMoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(Scorer, index=0),
+        "hidden_states": DynMoeDecoderLayer,
+        "attentions": DynMoeAttention,
+    }
+
+    def __init__(self, config: DynMoeConfig, *args: Any, **kwargs: Any) -> None:
+        config.check()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DynMoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Scorer | Selector):
+            module.init_weights(std)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers. The configuration names the class of every Auto class, not only of this model's."""
+        if self._auto_class is not None:
+            self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*args, **kwargs)
+
+    def moe_blocks(self) -> list[DynMoeBlock]:
+        """The MoE blocks, from the first layer to the last."""
+        return [module for module in self.modules() if isinstance(module, DynMoeBlock)]
+
+    def set_routing(self, method: str | None = None, *, layers: Sequence[int] | None = None, **parts: Any) -> None:
+        """Change how tokens are routed from now on, in the model and in its config.
+
+        Args:
+            method: a method name whose scorer and experts are the model's own.
+            layers: change these decoder layers only.
+            parts: `selector={"p": 0.2}`, `losses={"router_z": 1e-3}`, ...; single keys, as in the config.
+
+        Raises:
+            ValueError: for a change that the config refuses, or that needs other parameters than the model has. Nothing
+                is changed then.
+        """
+        changes = parts if method is None else {"method": method, **parts}
+        config = copy.deepcopy(self.config)
+        config.change_routing(changes, layers)
+        selectors = []
+        for block in self.moe_blocks():
+            old, new = self.config.routing_for(block.layer_idx), config.routing_for(block.layer_idx)
+            for axis in ("scorer", "experts"):
+                if new[axis] != old[axis]:
+                    raise ValueError(
+                        f"The {axis} of layer {block.layer_idx} cannot change from {old[axis]} to {new[axis]} in a "
+                        "built model: its parameters are others. Build a new model with that routing."
+                    )
+            selectors.append(_successor(block.selector, new, config))
+        self.config.change_routing(changes, layers)
+        for block, selector in zip(self.moe_blocks(), selectors, strict=True):
+            block.selector = selector
+
+    @contextlib.contextmanager
+    def routing_override(
+        self, method: str | None = None, *, layers: Sequence[int] | None = None, **parts: Any
+    ) -> Iterator[None]:
+        """`set_routing` inside a `with` block; the routing before it comes back at its end."""
+        config = self.config
+        before = (config.routing, config.layer_routing, config.num_experts_per_tok)
+        selectors = [block.selector for block in self.moe_blocks()]
+        self.set_routing(method, layers=layers, **parts)
+        try:
+            yield
+        finally:
+            config.routing, config.layer_routing, config.num_experts_per_tok = before
+            for block, selector in zip(self.moe_blocks(), selectors, strict=True):
+                block.selector = selector
+
+    def loss_coefficients(self) -> list[dict[str, float]]:
+        """Loss name -> coefficient of each MoE layer, from the first to the last."""
+        layers = range(self.config.num_hidden_layers)
+        return [self.config.routing_for(layer)["losses"] for layer in layers if self.config.is_sparse(layer)]
+
+    def _needs_routing(self, output_routing: bool, output_router_logits: bool, has_labels: bool) -> bool:
+        wanted = has_labels and any(any(losses.values()) for losses in self.loss_coefficients())
+        return output_routing or output_router_logits or wanted
+
+    def _routing_outputs(
+        self,
+        outputs: DynMoeModelOutput,
+        attention_mask: Tensor | None,
+        label_counts: Tensor | None,
+        output_routing: bool,
+        output_router_logits: bool,
+    ) -> tuple[dict[str, Any], Tensor | float]:
+        """The routing fields of a head's output, and the weighted sum of its auxiliary losses."""
+        if outputs.routing is None:
+            return {}, 0.0
+        hidden_states = outputs.last_hidden_state
+        shape = tuple(hidden_states.shape[:2])
+        token_mask = real_tokens(attention_mask, *shape)
+        routings = [routing for routing in outputs.routing if routing is not None]
+        weights = TokenWeights.build(token_mask, label_counts, shape, hidden_states.device)
+        config = self.config
+        aux_losses, total = auxiliary_losses(
+            routings,
+            self.loss_coefficients(),
+            weights,
+            config.balance_scope,
+            config.balance_normalize,
+            config.aux_reduction,
+        )
+        fields: dict[str, Any] = {"aux_losses": aux_losses}
+        if output_router_logits:
+            fields["aux_loss"] = aux_losses.get("load_balance")
+        if output_routing:
+            tokens = weights.real.sum().clamp_min(1.0)
+            per_layer = [routing.num_selected.sum().to(tokens.device) / tokens for routing in routings]
+            fields["experts_per_token"] = torch.stack(per_layer) if per_layer else tokens.new_zeros(0)
+            fields["routing"] = outputs.routing
+        return fields, total
+
+
+def _successor(old: Selector, spec: RoutingSpec, config: DynMoeConfig) -> Selector:
+    """The selector of a changed specification, with the state of the old one where it has the same."""
+    new = _build_selector(spec, config)
+    new.init_weights(config.initializer_range)
+    new.load_state_dict(old.state_dict(), strict=False)
+    devices = {tensor.device for tensor in old.state_dict().values()}
+    return new.to(devices.pop()) if devices else new
+
+
+class DynMoeModel(DynMoePreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: DynMoeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([DynMoeDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = DynMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = DynMoeRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_routing: bool = False,
+        **kwargs: Any,
+    ) -> DynMoeModelOutput:
+        """Run the decoder; arguments as in transformers.
+
+        Args:
+            attention_mask: (B, S) with 1 on real tokens; padding selects no expert.
+            output_routing: return the Routing of every layer.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch_size, sequence_length = hidden_states.shape[:2]
+        if position_ids is None:
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(sequence_length, device=hidden_states.device) + start)[None]
+        token_mask = real_tokens(attention_mask, batch_size, sequence_length)
+        masks = self._attention_masks(hidden_states, attention_mask, past_key_values, position_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+
+        routings: list[Routing | None] = []
+        router_state = None
+        for layer in self.layers:
+            hidden_states, *fields = layer(
+                hidden_states,
+                router_state,
+                attention_mask=masks[layer.self_attn.sliding_window],
+                token_mask=None if token_mask is None else token_mask.reshape(-1),
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            routing = Routing(*fields) if fields else None
+            router_state = routing.state if routing is not None else router_state
+            if output_routing:
+                routings.append(routing)
+
+        return DynMoeModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            routing=tuple(routings) if output_routing else None,
+        )
+
+    def _attention_masks(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor
+    ) -> dict[int | None, Any]:
+        """One mask for each window that a layer has: the sliding window, or None for full attention."""
+        if isinstance(attention_mask, dict):
+            windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
+            return {windows[name]: mask for name, mask in attention_mask.items()}
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": hidden_states,
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            "position_ids": position_ids,
+        }
+        windows = {layer.self_attn.sliding_window for layer in self.layers}
+        return {
+            window: create_causal_mask(**arguments)
+            if window is None
+            else create_sliding_window_causal_mask(**arguments)
+            for window in windows
+        }
+
+
+class DynMoeForCausalLM(DynMoePreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: DynMoeConfig) -> None:
+        super().__init__(config)
+        self.model = DynMoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_routing: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> DynMoeCausalLMOutput:
+        """Arguments as in transformers, and `output_routing` for the Routing of every layer.
+
+        With `labels` (B, S), -100 where nothing is to be learnt, `loss` holds the cross-entropy and the weighted
+        auxiliary losses. Under `num_items_in_batch` both are this call's share of the whole optimizer step.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            output_routing=self._needs_routing(output_routing, output_router_logits, labels is not None),
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+
+        lm_loss, label_counts = None, None
+        if labels is not None:
+            lm_loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            shifted = kwargs.get("shift_labels")
+            label_counts = ((labels[:, 1:] if shifted is None else shifted) != -100).sum(-1)
+        fields, aux_loss = self._routing_outputs(
+            outputs, attention_mask, label_counts, output_routing, output_router_logits
+        )
+        loss = None
+        if lm_loss is not None:
+            loss = lm_loss + share_of_step(label_counts.sum(), **kwargs) * aux_loss
+        return DynMoeCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            lm_loss=lm_loss,
+            **fields,
+        )
+
+
+def share_of_step(num_labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: Any) -> Tensor | float:
+    """This call's share of the labels of one optimizer step; 1 where nobody says how many those are."""
+    if num_items_in_batch is None:
+        return 1.0
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(num_labels.device)
+    return num_labels / num_items_in_batch
+
+
+class _DynMoeHead(DynMoePreTrainedModel):
+    """Base of the heads that are no language model."""
+
+    def __init__(self, config: DynMoeConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DynMoeModel(config)
+
+    def _decode(self, has_labels: bool, kwargs: dict[str, Any]) -> tuple[DynMoeModelOutput, dict[str, bool]]:
+        wanted = kwargs.pop("output_router_logits", None)
+        flags = {
+            "output_routing": kwargs.pop("output_routing", False),
+            "output_router_logits": self.config.output_router_logits if wanted is None else wanted,
+        }
+        outputs = self.model(
+            output_router_logits=flags["output_router_logits"],
+            **(kwargs | {"output_routing": self._needs_routing(**flags, has_labels=has_labels)}),
+        )
+        return outputs, flags
+
+    def _fields(
+        self,
+        outputs: DynMoeModelOutput,
+        flags: dict[str, bool],
+        task_loss: Tensor | None,
+        label_counts: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Everything but the logits of a head's output; `task_loss` is a mean over the labels of this call."""
+        fields, aux_loss = self._routing_outputs(outputs, kwargs.get("attention_mask"), label_counts, **flags)
+        if task_loss is not None:
+            share = share_of_step(label_counts.sum(), kwargs.get("num_items_in_batch"))
+            fields |= {"lm_loss": share * task_loss, "loss": share * (task_loss + aux_loss)}
+        names = ("past_key_values", "hidden_states", "attentions", "router_logits")
+        return fields | {name: getattr(outputs, name) for name in names}
+
+
+class DynMoeForSequenceClassification(_DynMoeHead):
+    """The decoder with a classifier on the last real token of each sequence."""
+
+    def __init__(self, config: DynMoeConfig) -> None:
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> DynMoeCausalLMOutput:
+        """`labels`: (B,) classes, (B,) or (B, num_labels) numbers for regression, (B, num_labels) for many labels.
+
+        Raises:
+            ValueError: for a batch in which nothing tells where the padding is.
+        """
+        kwargs["input_ids"] = input_ids
+        outputs, flags = self._decode(labels is not None, kwargs)
+        logits = self.score(outputs.last_hidden_state)
+        rows = torch.arange(logits.shape[0], device=logits.device)
+        logits = logits[rows, self._last_real_token(logits.shape, kwargs).to(logits.device)]
+        loss = counts = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            counts = labels.view(labels.shape[0], -1).ne(-100).sum(-1)
+        return DynMoeCausalLMOutput(logits=logits, **self._fields(outputs, flags, loss, counts, kwargs))
+
+    def _last_real_token(self, shape: torch.Size, kwargs: dict[str, Any]) -> Tensor:
+        """(B,) position of the last token that is not padding, on either side."""
+        batch_size, sequence_length = shape[:2]
+        input_ids, pad = kwargs["input_ids"], self.config.pad_token_id
+        real = real_tokens(kwargs.get("attention_mask"), batch_size, sequence_length)
+        if real is None and input_ids is not None and pad is not None:
+            real = input_ids != pad
+        if real is None:
+            if batch_size > 1 and pad is None:
+                raise ValueError("Give an attention_mask, or set pad_token_id in the config, to classify a batch.")
+            return torch.full((batch_size,), sequence_length - 1)
+        return (torch.arange(sequence_length, device=real.device) * real).argmax(-1)
+
+
+class DynMoeForTokenClassification(_DynMoeHead):
+    """The decoder with a classifier on every token."""
+
+    def __init__(self, config: DynMoeConfig) -> None:
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> DynMoeCausalLMOutput:
+        """`labels`: (B, S) classes, -100 where a token has none."""
+        kwargs["input_ids"] = input_ids
+        outputs, flags = self._decode(labels is not None, kwargs)
+        logits = self.score(outputs.last_hidden_state)
+        loss = counts = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config)
+            counts = labels.ne(-100).sum(-1)
+        return DynMoeCausalLMOutput(logits=logits, **self._fields(outputs, flags, loss, counts, kwargs))
+
+
+class DynMoeForQuestionAnswering(_DynMoeHead):
+    """The decoder with two scores on every token: an answer starts here, an answer ends here."""
+
+    def __init__(self, config: DynMoeConfig) -> None:
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> DynMoeQuestionAnsweringOutput:
+        """`start_positions`, `end_positions`: (B,) token positions of the answer."""
+        kwargs["input_ids"] = input_ids
+        has_labels = start_positions is not None and end_positions is not None
+        outputs, flags = self._decode(has_labels, kwargs)
+        start, end = (part.squeeze(-1).contiguous() for part in self.qa_outputs(outputs.last_hidden_state).split(1, -1))
+        loss = counts = None
+        if has_labels:
+            loss = self.loss_function(start, end, start_positions, end_positions)
+            counts = torch.ones(start.shape[0], device=start.device)
+        return DynMoeQuestionAnsweringOutput(
+            start_logits=start, end_logits=end, **self._fields(outputs, flags, loss, counts, kwargs)
+        )
+
+
+__all__ = [
+    "DynMoeForCausalLM",
+    "DynMoeForQuestionAnswering",
+    "DynMoeForSequenceClassification",
+    "DynMoeForTokenClassification",
+    "DynMoeModel",
+    "DynMoePreTrainedModel",
+]

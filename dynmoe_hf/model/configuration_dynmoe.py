@@ -42,7 +42,7 @@ class DynMoeConfig(PreTrainedConfig):
         rope_parameters: any rope type of transformers, e.g. `{"rope_type": "default", "rope_theta": 10000.0}`.
         qk_norm: RMSNorm on queries and keys: `none`, `per_head` (Qwen3), or `full` width (OLMoE).
         sliding_window: tokens each token may attend to, itself included; None for all before it.
-        layer_types: `full_attention` or `sliding_attention` for each layer; None gives every layer the window, if any.
+        layer_types: `full_attention` or `sliding_attention` for each layer; by default all slide if there is a window.
         num_experts: E, routed experts of each MoE layer.
         num_experts_per_tok: k of `top_k`, and the cap of selectors that choose the number themselves. None gives 2 to
             `top_k` and no cap (E) to the others.
@@ -138,6 +138,9 @@ class DynMoeConfig(PreTrainedConfig):
                     f"{self.num_attention_heads}; give head_dim to choose the size of a head yourself."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
         self.routing = expand(self.routing)
         if self.num_experts_per_tok is None:
             self.num_experts_per_tok = default_slots(self.routing, self.num_experts)
@@ -198,9 +201,7 @@ class DynMoeConfig(PreTrainedConfig):
 
     def window_for(self, layer_idx: int) -> int | None:
         """Sliding window of this layer's attention in tokens, None for full attention."""
-        if self.layer_types is not None and self.layer_types[layer_idx] == "full_attention":
-            return None
-        return self.sliding_window
+        return self.sliding_window if self.layer_types[layer_idx] == "sliding_attention" else None
 
     @property
     def router_aux_loss_coef(self) -> float:
@@ -233,7 +234,7 @@ class DynMoeConfig(PreTrainedConfig):
             raise ValueError(f"pad_token_id={self.pad_token_id} is outside the vocabulary of {self.vocab_size} tokens.")
         self._check_layers("mlp_layer_types", ("sparse", "dense"))
         self._check_layers("layer_types", ("full_attention", "sliding_attention"))
-        if self.layer_types and "sliding_attention" in self.layer_types and not self.sliding_window:
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has a sliding_attention layer, but sliding_window is not set.")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1 token or None, got {self.sliding_window}.")
@@ -261,6 +262,8 @@ def _refuse_misspelt(config: PreTrainedConfig, extra: dict[str, Any]) -> None:
     """transformers keeps unknown keyword arguments as attributes; one that resembles a field is a typing mistake."""
     fields = [name for name in type(config).__dataclass_fields__ if not name.endswith("_token_id")]
     for name in set(extra) - {"rope_theta", "rope_scaling"}:
+        if hasattr(type(config), name):
+            continue
         if close := difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
             raise ValueError(f"Unknown configuration field {name!r}. Did you mean {close[0]!r}?")
 

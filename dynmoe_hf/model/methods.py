@@ -19,7 +19,7 @@ from .expert_layouts import EXPERTS
 from .losses import LOSSES
 from .routing import build_options, unknown_name
 from .scorers import SCORERS
-from .selectors import SELECTORS
+from .expert_selectors import SELECTORS
 
 RoutingSpec = dict[str, Any]
 

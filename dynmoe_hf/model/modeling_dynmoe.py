@@ -36,7 +36,7 @@ from .methods import RoutingSpec, part_options
 from .outputs import DynMoeCausalLMOutput, DynMoeModelOutput, DynMoeQuestionAnsweringOutput
 from .routing import Routing, RoutingContext, real_tokens
 from .scorers import SCORERS, Scorer
-from .selectors import SELECTORS, Selector
+from .expert_selectors import SELECTORS, Selector
 
 AUTO_MAP = {
     "AutoConfig": "configuration_dynmoe.DynMoeConfig",
@@ -96,7 +96,7 @@ class DynMoeBlock(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.router_dtype = config.router_dtype
-        spec = config.routing_for(layer_idx)
+        self.spec = spec = config.routing_for(layer_idx)
         self.gate = SCORERS[spec["scorer"]["type"]](part_options("scorer", spec["scorer"]), config)
         self.selector = _build_selector(spec, config)
         self.experts = EXPERT_LAYOUTS[spec["experts"]["type"]](config)
@@ -238,19 +238,10 @@ class DynMoePreTrainedModel(PreTrainedModel):
         changes = parts if method is None else {"method": method, **parts}
         config = copy.deepcopy(self.config)
         config.change_routing(changes, layers)
-        selectors = []
-        for block in self.moe_blocks():
-            old, new = self.config.routing_for(block.layer_idx), config.routing_for(block.layer_idx)
-            for axis in ("scorer", "experts"):
-                if new[axis] != old[axis]:
-                    raise ValueError(
-                        f"The {axis} of layer {block.layer_idx} cannot change from {old[axis]} to {new[axis]} in a "
-                        "built model: its parameters are others. Build a new model with that routing."
-                    )
-            selectors.append(_successor(block.selector, new, config))
+        changed = [(block, *_successor(block, config)) for block in self.moe_blocks()]
         self.config.change_routing(changes, layers)
-        for block, selector in zip(self.moe_blocks(), selectors, strict=True):
-            block.selector = selector
+        for block, spec, selector in changed:
+            block.spec, block.selector = spec, selector
 
     @contextlib.contextmanager
     def routing_override(
@@ -259,19 +250,18 @@ class DynMoePreTrainedModel(PreTrainedModel):
         """`set_routing` inside a `with` block; the routing before it comes back at its end."""
         config = self.config
         before = (config.routing, config.layer_routing, config.num_experts_per_tok)
-        selectors = [block.selector for block in self.moe_blocks()]
+        blocks = [(block, block.spec, block.selector) for block in self.moe_blocks()]
         self.set_routing(method, layers=layers, **parts)
         try:
             yield
         finally:
             config.routing, config.layer_routing, config.num_experts_per_tok = before
-            for block, selector in zip(self.moe_blocks(), selectors, strict=True):
-                block.selector = selector
+            for block, spec, selector in blocks:
+                block.spec, block.selector = spec, selector
 
     def loss_coefficients(self) -> list[dict[str, float]]:
         """Loss name -> coefficient of each MoE layer, from the first to the last."""
-        layers = range(self.config.num_hidden_layers)
-        return [self.config.routing_for(layer)["losses"] for layer in layers if self.config.is_sparse(layer)]
+        return [layer.mlp.spec["losses"] for layer in self.base_model.layers if layer.is_sparse]
 
     def _needs_routing(self, output_routing: bool, output_router_logits: bool, has_labels: bool) -> bool:
         wanted = has_labels and any(any(losses.values()) for losses in self.loss_coefficients())
@@ -313,13 +303,23 @@ class DynMoePreTrainedModel(PreTrainedModel):
         return fields, total
 
 
-def _successor(old: Selector, spec: RoutingSpec, config: DynMoeConfig) -> Selector:
-    """The selector of a changed specification, with the state of the old one where it has the same."""
-    new = _build_selector(spec, config)
-    new.init_weights(config.initializer_range)
-    new.load_state_dict(old.state_dict(), strict=False)
-    devices = {tensor.device for tensor in old.state_dict().values()}
-    return new.to(devices.pop()) if devices else new
+def _successor(block: DynMoeBlock, config: DynMoeConfig) -> tuple[RoutingSpec, Selector]:
+    """What a changed config makes of a block: its specification, and its selector with the state that the old one had.
+
+    Raises:
+        ValueError: if the scorer or the experts would change.
+    """
+    spec = config.routing_for(block.layer_idx)
+    for axis in ("scorer", "experts"):
+        if spec[axis] != block.spec[axis]:
+            raise ValueError(
+                f"The {axis} of layer {block.layer_idx} cannot change from {block.spec[axis]} to {spec[axis]} in a "
+                "built model: its parameters are others. Build a new model with that routing."
+            )
+    selector = _build_selector(spec, config)
+    selector.init_weights(config.initializer_range)
+    selector.load_state_dict(block.selector.state_dict(), strict=False)
+    return spec, selector.to(next(block.parameters()).device).train(block.training)
 
 
 class DynMoeModel(DynMoePreTrainedModel):

@@ -56,8 +56,18 @@ class DynMoeCausalLMOutput(ModelOutput):
 
 
 @dataclass
-class DynMoeQuestionAnsweringOutput(DynMoeCausalLMOutput):
+class DynMoeQuestionAnsweringOutput(ModelOutput):
     """As DynMoeCausalLMOutput, with the logits (B, S) of where the answer starts and ends."""
 
+    loss: Tensor | None = None
     start_logits: Tensor | None = None
     end_logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    lm_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    aux_losses: dict[str, Tensor] | None = None
+    routing: tuple[Routing | None, ...] | None = None
+    experts_per_token: Tensor | None = None

@@ -1,0 +1,192 @@
+# Copyright 2026 The dynmoe_hf developers. Licensed under the Apache License, Version 2.0.
+"""Selectors: which experts does a token use, and how many? One class a selector; shapes as in routing.py."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .routing import Routing, RoutingContext
+
+
+class Selector(nn.Module):
+    """Base of all selectors. It stands at `mlp.selector` of its layer.
+
+    A subclass names its typed options in `Options`, and in `slots_option` the one among them that bounds the experts of
+    one token; None there follows the config's `num_experts_per_tok`.
+    """
+
+    Options: type
+    slots_option: str
+    fills_every_slot = False  # True when no slot of a real token is ever unused
+
+    def __init__(self, options: Any, config: Any) -> None:
+        super().__init__()
+        self.options = options
+        self.num_slots = self.count_slots(options, config)
+
+    @classmethod
+    def default_slots(cls, num_experts: int) -> int:
+        """The `num_experts_per_tok` of a config that names none: no cap."""
+        return num_experts
+
+    @classmethod
+    def count_slots(cls, options: Any, config: Any) -> int:
+        """K: the most experts one token can use, 1 ... E.
+
+        Raises:
+            ValueError: if these options cannot work with the config's numbers.
+        """
+        slots = getattr(options, cls.slots_option)
+        name = cls.slots_option if slots is not None else "num_experts_per_tok"
+        slots = config.num_experts_per_tok if slots is None else slots
+        if not 1 <= slots <= config.num_experts:
+            raise ValueError(f"{name} must be between 1 and num_experts ({config.num_experts}), got {slots}.")
+        return slots
+
+    def forward(self, logits: Tensor, context: RoutingContext) -> Routing:
+        """Select from scores (T, E); weights and probabilities come back in the dtype of the scores."""
+        raise NotImplementedError
+
+    def init_weights(self, std: float) -> None:
+        """Fill every parameter and buffer; most selectors have none."""
+
+
+@strict
+@dataclass
+class TopKOptions:
+    """Options of `top_k`.
+
+    Args:
+        k: experts per token, 1 ... E; None follows the config's `num_experts_per_tok`.
+        score_function: `softmax` over all experts, or an independent `sigmoid` for each (DeepSeek-V3).
+        norm_topk_prob: divide the kept weights by their sum.
+        scale: factor on the weights after that (`routed_scaling_factor` of DeepSeek).
+        num_groups: the experts form this many equal groups, and a token chooses from the best `top_groups` of them;
+            a group is ranked by the sum of its two best experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+        top_groups: groups that a token may choose from, 1 ... num_groups.
+        bias: add a buffer `selection_bias` (E,) to the scores for ranking only, never to the weights.
+    """
+
+    k: int | None = None
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = True
+    scale: float | int = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_groups < 1 or not 1 <= self.top_groups <= self.num_groups:
+            raise ValueError(
+                f"top_groups must be between 1 and num_groups, got top_groups={self.top_groups} and "
+                f"num_groups={self.num_groups}."
+            )
+
+
+class TopK(Selector):
+    """The `k` experts with the highest score; ties go to the lower index (Shazeer et al. 2017, section 2.1)."""
+
+    Options = TopKOptions
+    slots_option = "k"
+    fills_every_slot = True
+
+    def __init__(self, options: TopKOptions, config: Any) -> None:
+        super().__init__(options, config)
+        if options.bias:
+            self.selection_bias = nn.Buffer(torch.zeros(config.num_experts))
+
+    @classmethod
+    def default_slots(cls, num_experts: int) -> int:
+        """Two experts a token, as in Mixtral."""
+        return min(2, num_experts)
+
+    @classmethod
+    def count_slots(cls, options: TopKOptions, config: Any) -> int:
+        slots = super().count_slots(options, config)
+        if config.num_experts % options.num_groups:
+            raise ValueError(f"num_groups={options.num_groups} must divide num_experts={config.num_experts}.")
+        reachable = options.top_groups * (config.num_experts // options.num_groups)
+        if slots > reachable:
+            raise ValueError(
+                f"k={slots} is more than the {reachable} experts in top_groups={options.top_groups} groups."
+            )
+        return slots
+
+    def forward(self, logits: Tensor, context: RoutingContext) -> Routing:
+        if self.options.score_function == "softmax":
+            scores = probs = logits.softmax(-1)
+        else:
+            scores = logits.sigmoid()
+            probs = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        ranking = scores + self.selection_bias.to(scores.dtype) if self.options.bias else scores
+        if self.options.num_groups > 1:
+            ranking = self._within_best_groups(ranking)
+        order = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : self.num_slots]  # (T, K)
+        weights = scores.gather(-1, order)
+        if self.options.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(order, weights * self.options.scale, logits, probs)
+
+    def _within_best_groups(self, ranking: Tensor) -> Tensor:
+        num_tokens, num_experts = ranking.shape
+        groups = ranking.view(num_tokens, self.options.num_groups, num_experts // self.options.num_groups)
+        best_two = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)  # (T, groups)
+        best = best_two.sort(dim=-1, descending=True, stable=True).indices[:, : self.options.top_groups]
+        outside = torch.ones_like(best_two, dtype=torch.bool).scatter(1, best, False)
+        return groups.masked_fill(outside[:, :, None], -torch.inf).view(num_tokens, num_experts)
+
+    def init_weights(self, std: float) -> None:
+        if self.options.bias:
+            init.zeros_(self.selection_bias)
+
+
+@strict
+@dataclass
+class TopPOptions:
+    """Options of `top_p`.
+
+    Args:
+        p: probability mass, >= 0, that the kept experts must exceed; 1 or more keeps every expert.
+        max_experts: cap on the experts of one token, 1 ... E, the most probable first; None follows the config's
+            `num_experts_per_tok`, which is E (no cap) unless it was given.
+        norm_topk_prob: divide the kept weights by their sum. The paper does not: then a dropped expert, and a token
+            with a single expert, still train the router.
+    """
+
+    p: float | int = 0.4
+    max_experts: int | None = None
+    norm_topk_prob: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.p >= 0:
+            raise ValueError(f"p must be a number >= 0, got {self.p}.")
+
+
+class TopP(Selector):
+    """Keep adding experts, the most probable first, until their summed probability exceeds `p`.
+
+    Huang et al. 2024, arXiv 2403.07652, section 3. The expert that crosses `p` is kept, so every token uses at least
+    one; weights are the softmax over all experts, not renormalised. Ties go to the lower index.
+    """
+
+    Options = TopPOptions
+    slots_option = "max_experts"
+
+    def forward(self, logits: Tensor, context: RoutingContext) -> Routing:
+        probs = logits.softmax(-1)
+        sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
+        mass = sorted_probs.cumsum(-1)
+        keep = torch.ones_like(mass, dtype=torch.bool)
+        keep[:, 1:] = mass[:, :-1] <= self.options.p
+        keep, order = keep[:, : self.num_slots], order[:, : self.num_slots]
+        weights = sorted_probs[:, : self.num_slots].masked_fill(~keep, 0.0)
+        if self.options.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return Routing(order.masked_fill(~keep, logits.shape[-1]), weights, logits, probs)
+
+
+SELECTORS: dict[str, type[Selector]] = {"top_k": TopK, "top_p": TopP}

@@ -2,6 +2,7 @@
 """Selectors: which experts does a token use, and how many? One class a selector; shapes as in routing.py."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -162,8 +163,8 @@ class TopPOptions:
     norm_topk_prob: bool = False
 
     def __post_init__(self) -> None:
-        if not self.p >= 0:
-            raise ValueError(f"p must be a number >= 0, got {self.p}.")
+        if not 0 <= self.p < inf:
+            raise ValueError(f"p must be a finite number >= 0, got {self.p}.")
 
 
 class TopP(Selector):
@@ -181,7 +182,8 @@ class TopP(Selector):
         sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
         mass = sorted_probs.cumsum(-1)
         keep = torch.ones_like(mass, dtype=torch.bool)
-        keep[:, 1:] = mass[:, :-1] <= self.options.p
+        # Rounding may carry the sum past 1, and p = 1 keeps every expert.
+        keep[:, 1:] = mass[:, :-1].clamp_max(1.0) <= self.options.p
         keep, order = keep[:, : self.num_slots], order[:, : self.num_slots]
         weights = sorted_probs[:, : self.num_slots].masked_fill(~keep, 0.0)
         if self.options.norm_topk_prob:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynmoe_hf import DynMoeForCausalLM
+from dynmoe_hf.model.losses import LOSSES
 from dynmoe_hf.model.routing import Routing, RoutingContext
 from tests.tiny import tiny_config, tiny_model, tokens
 
@@ -196,7 +197,7 @@ RULES = [
 
 def routing_with_losses(routing: Any) -> dict[str, Any]:
     """The same routing with every loss on, so that a check sees all of them."""
-    losses = {"load_balance": 0.1, "dynamic": 0.1, "router_z": 0.1}
+    losses = dict.fromkeys(LOSSES, 0.1)
     return {**({"method": routing} if isinstance(routing, str) else routing), "losses": losses}
 
 

@@ -1,0 +1,1 @@
+"""Data, arguments, callbacks and the command for training."""

@@ -1,0 +1,1 @@
+"""Measure what a model routes, and what it costs."""

@@ -1,0 +1,110 @@
+"""What the Trainer logs about routing."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dynmoe_hf.analysis.statistics import RoutingStatistics, RoutingSummary
+
+if TYPE_CHECKING:
+    from dynmoe_hf.model import DynMoePreTrainedModel
+
+
+class RoutingCallback(TrainerCallback):
+    """Adds to every log what the model routed since the last one.
+
+    A training log gains `experts_per_token`, `dead_experts` (experts, counted in every layer, that no token used),
+    every auxiliary loss under its name (`load_balance`, `dynamic`, ...; without its coefficient) and `lm_loss`, the
+    mean over labels of the cross-entropy alone; the Trainer's own `loss` also holds the weighted auxiliary losses. The
+    log and the metrics of an evaluation gain the same with the prefix of the evaluation (`eval_lm_loss`, ...), and the
+    `eval_perplexity` and, if the bytes are known, the `eval_bits_per_byte` of that lm_loss. Sequences that a
+    distributed evaluation repeats to fill its last batch count twice.
+
+    It works as `Trainer(model, callbacks=[RoutingCallback(model)], ...)`: its numbers are then in the log history
+    (`trainer_state.json`), the metrics and the progress bar. For reporters (`report_to`) see `put_first`.
+
+    Args:
+        model: the model that is trained.
+        tokens_per_byte: labels for each byte of text in the evaluation data, for `eval_bits_per_byte`.
+        per_layer: also log `experts_per_token/layer_0`, ..., with the number of the decoder layer.
+    """
+
+    def __init__(
+        self, model: DynMoePreTrainedModel, tokens_per_byte: float | None = None, per_layer: bool = False
+    ) -> None:
+        self.statistics = RoutingStatistics(model)
+        self.tokens_per_byte = tokens_per_byte
+        self.per_layer = per_layer
+
+    def put_first(self, trainer: Trainer) -> None:
+        """Give this callback to a trainer that does not have it, in front of all others.
+
+        The Trainer calls reporters before the callbacks that it was given, and each of them reports a log as it finds
+        it: what a later callback adds would not reach TensorBoard.
+        """
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget what an aborted attempt of `auto_find_batch_size` has counted."""
+        self.statistics.reset("train")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Extend a training or evaluation log, and its copy in the log history."""
+        if "loss" in logs:
+            added = self._training_metrics()
+        else:
+            added = self._evaluation_metrics(logs)
+        logs.update(added)
+        state.log_history[-1].update(added)
+
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Extend the metrics of `Trainer.predict`, which logs nothing."""
+        metrics.update(self._evaluation_metrics(metrics))
+
+    def _training_metrics(self) -> dict[str, float]:
+        summary = self.statistics.pop("train")
+        return {} if summary is None else self._metrics(summary)
+
+    def _evaluation_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Evaluations are told by their `PREFIX_runtime`; other logs change nothing."""
+        prefix = next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), None)
+        summary = None if prefix is None else self.statistics.pop("eval")
+        if summary is None:
+            return {}
+        added = self._metrics(summary)
+        if summary.lm_loss is not None:
+            added["perplexity"] = torch.tensor(summary.lm_loss, dtype=torch.float64).exp().item()
+            if self.tokens_per_byte is not None and prefix == "eval":
+                added["bits_per_byte"] = summary.lm_loss / math.log(2) * self.tokens_per_byte
+        return {f"{prefix}_{name}": value for name, value in added.items()}
+
+    def _metrics(self, summary: RoutingSummary) -> dict[str, float]:
+        metrics = {"experts_per_token": summary.experts_per_token, "dead_experts": summary.dead_experts}
+        metrics |= summary.aux_losses
+        if summary.lm_loss is not None:
+            metrics["lm_loss"] = summary.lm_loss
+        if self.per_layer:
+            blocks = self.statistics.model.moe_blocks()
+            for block, value in zip(blocks, summary.experts_per_token_by_layer, strict=True):
+                metrics[f"experts_per_token/layer_{block.layer_idx}"] = value
+        return metrics

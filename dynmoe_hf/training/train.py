@@ -1,0 +1,275 @@
+"""The main job: train a language model on text with the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+
+import pyarrow.compute as pc
+import torch
+import transformers
+from datasets import Dataset, DatasetDict
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    default_data_collator,
+    enable_full_determinism,
+    set_seed,
+)
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+import dynmoe_hf
+from dynmoe_hf.errors import user_errors
+from dynmoe_hf.model import DynMoeConfig
+
+from .arguments import DataArguments, DynMoeTrainingArguments, ModelArguments, to_yaml
+from .callbacks import RoutingCallback
+from .data import load_documents, pack
+from .tokenizer import load_tokenizer, train_tokenizer
+
+CONFIG_FILE = "train_config.yaml"
+STATE_FILE = "trainer_state.json"
+
+
+def train(
+    model_args: ModelArguments, data_args: DataArguments, training_args: DynMoeTrainingArguments
+) -> dict[str, float]:
+    """Train a new model, or go on with one, and evaluate it.
+
+    The output folder gets the model with its tokenizer, the checkpoints, `trainer_state.json`, the metrics, and
+    `train_config.yaml`, which repeats the run. It is not touched before all that can be checked has been.
+
+    Returns:
+        The metrics of training and of the evaluation after it; among them `eval_lm_loss` (nats per token, without the
+        auxiliary losses), its `eval_perplexity` and `eval_bits_per_byte`, and `eval_experts_per_token`.
+
+    Raises:
+        UserError: for arguments, data or folders that do not fit.
+    """
+    with user_errors():
+        _check_arguments(model_args, data_args, training_args)
+        checkpoint = _checkpoint_to_resume(training_args)
+        _check_output_dir(training_args, checkpoint)
+        _check_model(model_args, data_args)
+        with training_args.main_process_first(desc="preparing the data"):
+            tokenizer, documents = _load_text(model_args, data_args, checkpoint)
+            config = _build_config(model_args, tokenizer)
+            _check_resumed_config(config, checkpoint)
+            packed = {
+                split: pack(
+                    documents[split],
+                    tokenizer,
+                    data_args.block_size,
+                    keep_remainder=split == "validation",
+                    num_proc=data_args.num_proc,
+                )
+                for split in ("train", "validation")
+            }
+        (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
+        model = _build_model(config, model_args)
+        use_cache = model.config.use_cache
+        trainer = Trainer(
+            model=model,
+            args=training_args,
+            train_dataset=packed["train"].remove_columns("num_bytes"),
+            eval_dataset=packed["validation"].remove_columns("num_bytes"),
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+        )
+    callback = RoutingCallback(model, _tokens_per_byte(packed["validation"]), training_args.log_experts_per_layer)
+    callback.put_first(trainer)
+    if trainer.is_world_process_zero():
+        _prepare_output_dir(model_args, data_args, training_args)
+
+    train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    eval_metrics = trainer.evaluate()
+    model.config.use_cache = use_cache  # the Trainer turned the cache off, which is no property of the model
+    trainer.save_model()
+    trainer.save_metrics("train", train_metrics)
+    trainer.save_metrics("eval", eval_metrics)
+    trainer.save_state()
+    return train_metrics | eval_metrics
+
+
+def _check_arguments(
+    model_args: ModelArguments, data_args: DataArguments, training_args: DynMoeTrainingArguments
+) -> None:
+    if training_args.output_dir is None:
+        raise ValueError("output_dir is missing: the folder for the model and its checkpoints.")
+    if data_args.block_size < 2:
+        raise ValueError(f"block_size is {data_args.block_size}, but must be at least 2.")
+    batch_sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
+    for name in (*batch_sizes, "gradient_accumulation_steps"):
+        if getattr(training_args, name) < 1:
+            raise ValueError(f"{name} is {getattr(training_args, name)}, but must be at least 1.")
+    if "flash" in (model_args.attn_implementation or "") and any(
+        getattr(training_args, name) > 1 for name in batch_sizes
+    ):
+        # transformers tells documents apart by position_ids there, and does so for a single row only.
+        raise ValueError(
+            f"attn_implementation {model_args.attn_implementation!r} keeps the documents of a sequence apart only if "
+            f"{' and '.join(batch_sizes)} are 1."
+        )
+    if training_args.use_cache:
+        raise ValueError(
+            "use_cache must be false in training: with a cache, the documents of a sequence see each other."
+        )
+    if training_args.label_smoothing_factor:
+        # The Trainer shifts labels before it smooths them only for the classes that transformers itself has.
+        raise ValueError("label_smoothing_factor is not supported for this model.")
+    available = get_available_reporting_integrations()
+    for name in training_args.report_to:
+        if name not in available:
+            raise ValueError(f"report_to names {name!r}, but installed is {', '.join(available) or 'none'}.")
+
+
+def _checkpoint_to_resume(training_args: DynMoeTrainingArguments) -> str | None:
+    resume, folder = str(training_args.resume_from_checkpoint), training_args.output_dir
+    if resume.lower() in ("none", "false"):
+        return None
+    if training_args.overwrite_output_dir:
+        raise ValueError("resume_from_checkpoint and overwrite_output_dir exclude each other.")
+    if resume.lower() == "true":
+        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if checkpoint is None:
+            raise ValueError(f"there is no checkpoint in {folder!r} to resume from.")
+        return checkpoint
+    if not (Path(resume) / STATE_FILE).is_file():
+        raise ValueError(f"{resume!r} is no checkpoint to resume from: it has no {STATE_FILE}.")
+    return resume
+
+
+def _check_output_dir(training_args: DynMoeTrainingArguments, checkpoint: str | None) -> None:
+    folder = Path(training_args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {str(folder)!r} is a file.")
+    if checkpoint is not None or training_args.overwrite_output_dir or not folder.exists():
+        return
+    if (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds an earlier run: --resume_from_checkpoint true goes on with it, "
+            "--overwrite_output_dir starts again."
+        )
+    if any(folder.iterdir()):
+        raise ValueError(
+            f"output_dir {str(folder)!r} is not empty: choose another folder, or write into it with "
+            "--overwrite_output_dir."
+        )
+
+
+def _check_model(model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Build the model without memory, so that what it refuses is refused before any text is read."""
+    config = _build_config(model_args, tokenizer=None)
+    if data_args.block_size > config.max_position_embeddings:
+        raise ValueError(
+            f"block_size is {data_args.block_size}, but the model's max_position_embeddings is "
+            f"{config.max_position_embeddings}."
+        )
+    if isinstance(model_args.model, dict) and model_args.tokenizer is None:
+        if model_args.model.get("vocab_size", model_args.vocab_size) < model_args.vocab_size:
+            raise ValueError(
+                f"the tokenizer is to be trained to {model_args.vocab_size} tokens, but model.vocab_size is "
+                f"{model_args.model['vocab_size']}; lower vocab_size."
+            )
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, **_implementations(model_args))
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+
+
+def _implementations(model_args: ModelArguments) -> dict[str, str]:
+    names = ("experts_implementation", "attn_implementation")
+    return {name: value for name in names if (value := getattr(model_args, name)) is not None}
+
+
+def _build_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase | None) -> DynMoeConfig:
+    """The configuration of the model; without a tokenizer, right but for the vocabulary of a new model."""
+    if isinstance(model_args.model, str):
+        config = AutoConfig.from_pretrained(model_args.model)
+        if config.model_type != DynMoeConfig.model_type:
+            raise ValueError(
+                f"{model_args.model!r} is a model of type {config.model_type}, not {DynMoeConfig.model_type}."
+            )
+        if model_args.routing is not None:
+            config.change_routing(model_args.routing)
+    else:
+        fields = {}
+        if tokenizer is not None:
+            fields = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            fields["vocab_size"] = len(tokenizer)
+        config = DynMoeConfig(**(fields | (model_args.model or {})), routing=model_args.routing)
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is {config.vocab_size}."
+        )
+    return config
+
+
+def _load_text(
+    model_args: ModelArguments, data_args: DataArguments, checkpoint: str | None
+) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
+    """The documents, and the tokenizer of the checkpoint to resume, the one that was named, or a new one."""
+    tokenizer, source = None, checkpoint or model_args.tokenizer
+    if source is None and isinstance(model_args.model, str):
+        source = model_args.model
+    if source is not None:
+        tokenizer = load_tokenizer(source)
+    documents = load_documents(
+        data_args.dataset[0] if len(data_args.dataset) == 1 else data_args.dataset,
+        config_name=data_args.dataset_config,
+        validation_files=data_args.validation_files,
+        text_column=data_args.text_column,
+        validation_fraction=data_args.validation_fraction,
+    )
+    if tokenizer is None:
+        tokenizer = train_tokenizer(documents["train"]["text"], model_args.vocab_size)
+    return tokenizer, documents
+
+
+def _check_resumed_config(config: DynMoeConfig, checkpoint: str | None) -> None:
+    """A resumed run trains the model that it began with; the Trainer would load what fits and say no more."""
+    if checkpoint is None:
+        return
+    saved = DynMoeConfig.from_pretrained(checkpoint)
+    for name in DynMoeConfig.__annotations__:
+        if name != "use_cache" and getattr(config, name) != getattr(saved, name):
+            raise ValueError(
+                f"{name} is not what the checkpoint {checkpoint!r} was trained with; resume with the same arguments, "
+                f"or start a new run from its weights with --model {checkpoint}."
+            )
+
+
+def _build_model(config: DynMoeConfig, model_args: ModelArguments) -> PreTrainedModel:
+    if isinstance(model_args.model, str):
+        # Weights are kept in float32 whatever they were saved in; bf16=True computes in bfloat16.
+        return AutoModelForCausalLM.from_pretrained(
+            model_args.model, config=config, dtype=torch.float32, **_implementations(model_args)
+        )
+    return AutoModelForCausalLM.from_config(config, **_implementations(model_args))
+
+
+def _tokens_per_byte(packed: Dataset) -> float | None:
+    num_labels = pc.sum(pc.not_equal(pc.list_flatten(packed.data["labels"]), -100)).as_py()
+    num_bytes = pc.sum(packed.data["num_bytes"]).as_py()
+    return num_labels / num_bytes if num_bytes else None
+
+
+def _prepare_output_dir(
+    model_args: ModelArguments, data_args: DataArguments, training_args: DynMoeTrainingArguments
+) -> None:
+    folder = Path(training_args.output_dir)
+    if training_args.overwrite_output_dir:
+        # The Trainer would count them among its own, and resume from whichever has the highest number.
+        for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE_FILE}"):
+            shutil.rmtree(state.parent)
+    comment = (
+        f"dynmoe train --config {CONFIG_FILE}; written by dynmoe_hf {dynmoe_hf.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}"
+    )
+    (folder / CONFIG_FILE).write_text(to_yaml(model_args, data_args, training_args, comment), encoding="utf-8")

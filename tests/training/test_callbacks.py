@@ -1,0 +1,174 @@
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from dynmoe_hf.training.callbacks import RoutingCallback
+from tests.tiny import tiny_model, tokens
+
+ROUTING = {"method": "top_p", "losses": {"load_balance": 0.5, "dynamic": 0.1}}
+ROUTING_METRICS = {"experts_per_token", "dead_experts", "load_balance", "dynamic", "lm_loss"}
+
+
+def sequences(count, seed, unlabelled=()) -> Dataset:
+    ids = tokens(count, 12, seed=seed)
+    labels = ids.clone()
+    for row in unlabelled:
+        labels[row, :9] = -100
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+
+
+TRAIN = sequences(16, seed=1, unlabelled=(2, 3, 5))
+VALIDATION = sequences(5, seed=2, unlabelled=(1, 4))
+
+
+class Reporter(TrainerCallback):
+    """As TensorBoard's callback: keeps each log as it is when this callback is called."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def make_trainer(folder, callbacks=(), **changes) -> Trainer:
+    model = tiny_model(ROUTING)
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "max_steps": 2,
+        "learning_rate": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**(settings | changes)),
+        train_dataset=TRAIN,
+        eval_dataset=VALIDATION,
+        data_collator=default_data_collator,
+        callbacks=[make(model) for make in callbacks],
+    )
+
+
+@torch.no_grad()
+def mean_cross_entropy(model, dataset) -> float:
+    """Over all labels of a dataset, one sequence at a time."""
+    total, count = 0.0, 0
+    for row in dataset:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        total += F.cross_entropy(model(ids).logits[0, :-1], labels, reduction="sum").item()
+        count += (labels != -100).sum().item()
+    return total / count
+
+
+def test_plain_trainer_logs_routing_in_training_and_evaluation(tmp_path):
+    trainer = make_trainer(tmp_path, [RoutingCallback], eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    trainer.save_state()
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    training = [log for log in history if "loss" in log]
+    evaluation = [log for log in history if "eval_loss" in log]
+    assert (len(training), len(evaluation)) == (2, 1)
+    for log in training:
+        assert set(log) >= ROUTING_METRICS
+        assert log["loss"] == pytest.approx(log["lm_loss"] + 0.5 * log["load_balance"] + 0.1 * log["dynamic"], rel=1e-5)
+    names = ROUTING_METRICS | {"perplexity"}
+    assert set(evaluation[0]) >= {f"eval_{name}" for name in names}
+    assert "eval_bits_per_byte" not in evaluation[0]
+    final = history[-1]
+    assert "train_loss" in final and not set(final) & ROUTING_METRICS
+
+
+def test_losses_are_means_over_labels(tmp_path):
+    """A mean over batches would weigh labels of half-labelled sequences more."""
+    trainer = make_trainer(
+        tmp_path,
+        [lambda model: RoutingCallback(model, tokens_per_byte=0.25)],
+        gradient_accumulation_steps=4,
+        max_steps=1,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    train_loss, eval_loss = (mean_cross_entropy(trainer.model, dataset) for dataset in (TRAIN, VALIDATION))
+    assert trainer.state.log_history[0]["lm_loss"] == pytest.approx(train_loss, rel=1e-5)
+    assert metrics["eval_lm_loss"] == pytest.approx(eval_loss, rel=1e-5)
+    assert metrics["eval_loss"] > metrics["eval_lm_loss"] + 0.5  # the Trainer's holds the auxiliary losses
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(eval_loss), rel=1e-5)
+    assert metrics["eval_bits_per_byte"] == pytest.approx(eval_loss / math.log(2) * 0.25, rel=1e-5)
+
+
+def test_logging_window_spans_steps(tmp_path):
+    every = make_trainer(tmp_path, [RoutingCallback], max_steps=4)
+    every.train()
+    once = make_trainer(tmp_path, [RoutingCallback], max_steps=4, logging_steps=4)
+    once.train()
+    per_step = [log["experts_per_token"] for log in every.state.log_history if "loss" in log]
+    assert once.state.log_history[0]["experts_per_token"] == pytest.approx(sum(per_step) / 4)
+    assert len(set(per_step)) > 1
+
+
+def test_evaluation_prefixes_and_predict(tmp_path):
+    trainer = make_trainer(tmp_path, [lambda model: RoutingCallback(model, tokens_per_byte=0.25)])
+    validation = trainer.evaluate()
+    by_name = trainer.evaluate({"a": VALIDATION, "b": TRAIN})
+    assert by_name["eval_a_lm_loss"] == validation["eval_lm_loss"]
+    assert by_name["eval_b_lm_loss"] == pytest.approx(mean_cross_entropy(trainer.model, TRAIN), rel=1e-5)
+    predicted = trainer.predict(TRAIN).metrics
+    assert predicted["test_experts_per_token"] == by_name["eval_b_experts_per_token"]
+    assert "test_bits_per_byte" not in predicted  # the bytes were those of the validation text
+    assert trainer.evaluate()["eval_experts_per_token"] == validation["eval_experts_per_token"]
+
+
+def test_per_layer_values_have_the_number_of_the_decoder_layer(tmp_path):
+    trainer = make_trainer(tmp_path, [lambda model: RoutingCallback(model, per_layer=True)])
+    metrics = trainer.evaluate()
+    per_layer = {name: value for name, value in metrics.items() if "/layer_" in name}
+    assert set(per_layer) == {"eval_experts_per_token/layer_0", "eval_experts_per_token/layer_2"}
+    assert sum(per_layer.values()) / 2 == pytest.approx(metrics["eval_experts_per_token"])
+
+
+def test_reporters_see_the_metrics_of_a_callback_put_first(tmp_path):
+    reporter = Reporter()
+    trainer = make_trainer(tmp_path, [lambda model: reporter])
+    RoutingCallback(trainer.model).put_first(trainer)
+    trainer.train()
+    assert set(reporter.logs[0]) >= ROUTING_METRICS
+
+    late = Reporter()
+    trainer = make_trainer(tmp_path, [lambda model: late, RoutingCallback])
+    trainer.train()
+    assert not set(late.logs[0]) & ROUTING_METRICS
+    assert set(trainer.state.log_history[0]) >= ROUTING_METRICS
+
+
+def test_other_logs_stay_as_they_are(tmp_path):
+    trainer = make_trainer(tmp_path, [RoutingCallback])
+    trainer.model(tokens(1, 4))
+    trainer.log({"my_number": 1.0})
+    assert set(trainer.state.log_history[-1]) == {"my_number", "epoch", "step"}
+
+
+def test_best_model_can_be_chosen_by_a_metric_of_ours(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        [RoutingCallback],
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        learning_rate=1e-3,
+        load_best_model_at_end=True,
+        metric_for_best_model="lm_loss",
+    )
+    trainer.train()
+    best = min(log["eval_lm_loss"] for log in trainer.state.log_history if "eval_lm_loss" in log)
+    assert trainer.state.best_metric == best

@@ -1,0 +1,18 @@
+"""How the commands print tables."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def new_console() -> Console:
+    """A console on stdout that prints text as it is: brackets are no markup."""
+    return Console(markup=False, highlight=False)
+
+
+def new_table(*columns: str, numbers: bool = False) -> Table:
+    """An empty table; with `numbers`, all columns but the first are aligned right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if numbers and index else "left", overflow="fold")
+    return table

@@ -1,0 +1,162 @@
+"""Load a checkpoint to use it, and refuse one that is broken."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging
+
+from dynmoe_hf.model import DynMoeConfig
+from dynmoe_hf.training.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynmoe_hf import DynMoeForCausalLM
+
+
+def load_config(name_or_path: str | os.PathLike, routing: str | dict[str, Any] | None = None) -> DynMoeConfig:
+    """Load the configuration of a model of this family from a local folder, a config.json or a Hub id.
+
+    Args:
+        routing: changes to the stored routing.
+
+    Raises:
+        ValueError: there is none, it is not of this family, or it is refused.
+    """
+    source = os.path.expanduser(os.fspath(name_or_path))
+    if os.path.isdir(source):
+        if not os.path.isfile(os.path.join(source, "config.json")):
+            raise ValueError(f"the folder {source!r} has no config.json, so it holds no model.")
+    elif not os.path.exists(source) and (os.path.isabs(source) or source.startswith(".")):
+        raise ValueError(f"there is no model at {source!r}.")
+    changes = {} if routing is None else {"routing": routing}
+    try:
+        # Not AutoConfig: it would offer to run the code of a model of another family.
+        stored = PreTrainedConfig.get_config_dict(source)[0]
+        model_type = stored.get("model_type") if isinstance(stored, dict) else None
+        if model_type != DynMoeConfig.model_type:
+            raise ValueError(f"{source!r} is a model of type {model_type!r}, not {DynMoeConfig.model_type!r}.")
+        return DynMoeConfig.from_pretrained(source, **changes)
+    except OSError as error:
+        raise ValueError(f"cannot load a configuration from {source!r}: {_first_line(error)}") from error
+    except StrictDataclassError as error:
+        raise ValueError(f"the configuration of {source!r} is refused: {' '.join(str(error).split())}") from error
+
+
+def load_model(
+    name_or_path: str | os.PathLike,
+    routing: str | dict[str, Any] | None = None,
+    experts_implementation: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> DynMoeForCausalLM:
+    """Load the language model of a local folder or a Hub id, in evaluation mode.
+
+    `from_pretrained` fills what a checkpoint lacks with fresh random numbers and goes on; here everything must be
+    there. Weights are read from safetensors files only, which cannot hold code.
+
+    Args:
+        name_or_path: folder with config.json and safetensors, or `organisation/name`.
+        routing: changes to the stored routing, as in `DynMoeConfig.from_pretrained`.
+        experts_implementation: engine of the experts; None leaves the choice to transformers.
+        dtype: of the weights; None keeps that of the checkpoint.
+        device: None takes the accelerator, if there is one.
+
+    Raises:
+        ValueError: there is no such model or device; the configuration is refused or of another family; a file is
+            truncated or corrupt; weights are missing, unexpected, of the wrong shape, or not finite.
+    """
+    source = os.path.expanduser(os.fspath(name_or_path))
+    config = load_config(source, routing)
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} is not available: {_first_line(error)}") from error
+    try:
+        with _without_load_report():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                experts_implementation=experts_implementation,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source!r} has a truncated or corrupt file of weights: {_first_line(error)}") from error
+    except ImportError as error:
+        raise ValueError(_first_line(error)) from error
+    except OSError as error:
+        raise ValueError(f"{source!r} has no complete set of safetensors weights: {_first_line(error)}") from error
+    _refuse_incomplete(source, report)
+    _refuse_not_finite(source, model)
+    return model.to(device).eval()
+
+
+def load_model_and_tokenizer(
+    name_or_path: str | os.PathLike, **options: Any
+) -> tuple[DynMoeForCausalLM, PreTrainedTokenizerBase]:
+    """`load_model` with its options, and the tokenizer of the same place.
+
+    Raises:
+        ValueError: as `load_model`; or there is no tokenizer, or it has more tokens than the model has embeddings.
+    """
+    model = load_model(name_or_path, **options)
+    tokenizer = load_tokenizer(model.name_or_path)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {model.name_or_path!r} has {len(tokenizer)} tokens, but the model's vocabulary has only "
+            f"{model.config.vocab_size}."
+        )
+    return model, tokenizer
+
+
+def _refuse_incomplete(source: str, report: dict[str, Any]) -> None:
+    """Raise for weights that are not exactly those of the model."""
+    for problem, keys in (
+        ("lacks weights", sorted(report["missing_keys"])),
+        ("has weights that the model does not know", sorted(report["unexpected_keys"])),
+        (
+            "has weights of the wrong shape",
+            sorted(
+                f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in report["mismatched_keys"]
+            ),
+        ),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(f"the checkpoint {source!r} {problem}: {', '.join(keys[:3])}{more}.")
+
+
+def _refuse_not_finite(source: str, model: torch.nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the checkpoint {source!r} has NaN or infinite values in {name} as {tensor.dtype}.")
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silence transformers' table of missing and unexpected weights, which we turn into an error."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(": ")

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dynmoe_hf import DynMoeConfig, DynMoeForCausalLM
+from dynmoe_hf.model.expert_selectors import SELECTORS
 from dynmoe_hf.model.methods import METHODS
 from dynmoe_hf.model.scorers import SCORERS
-from dynmoe_hf.model.expert_selectors import SELECTORS
 
 ENGINES = ("reference", "eager", "ragged", "grouped_mm", "batched_mm")
 

@@ -16,10 +16,10 @@ from math import isfinite
 from typing import Any
 
 from .expert_layouts import EXPERTS
+from .expert_selectors import SELECTORS
 from .losses import LOSSES
 from .routing import build_options, unknown_name
 from .scorers import SCORERS
-from .expert_selectors import SELECTORS
 
 RoutingSpec = dict[str, Any]
 

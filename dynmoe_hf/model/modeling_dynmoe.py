@@ -31,12 +31,12 @@ from .compat import (
 )
 from .configuration_dynmoe import DynMoeConfig
 from .dispatch import run_experts
+from .expert_selectors import SELECTORS, Selector
 from .losses import TokenWeights, auxiliary_losses
 from .methods import RoutingSpec, part_options
 from .outputs import DynMoeCausalLMOutput, DynMoeModelOutput, DynMoeQuestionAnsweringOutput
 from .routing import Routing, RoutingContext, real_tokens
 from .scorers import SCORERS, Scorer
-from .expert_selectors import SELECTORS, Selector
 
 AUTO_MAP = {
     "AutoConfig": "configuration_dynmoe.DynMoeConfig",

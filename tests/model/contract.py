@@ -113,9 +113,7 @@ def rule_4_causal(routing: Any) -> None:
     cached = model(content[:, :6], use_cache=True)
     steps = [cached.logits]
     for position in range(6, 10):
-        cached = model(
-            content[:, position : position + 1], past_key_values=cached.past_key_values, use_cache=True
-        )
+        cached = model(content[:, position : position + 1], past_key_values=cached.past_key_values, use_cache=True)
         steps.append(cached.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), full.logits, **TOLERANCE)
 
@@ -223,5 +221,3 @@ def module_state(model: DynMoeForCausalLM) -> dict[str, Any]:
         for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             state[f"{path}.{name}"] = value.detach().clone()
     return state
-
-

@@ -102,7 +102,10 @@ REFUSED = {
     "loss that is no number": ({"routing": {"losses": {"router_z": "x"}}}, "router_z must be a finite number"),
     "loss that is infinite": ({"routing": {"losses": {"router_z": float("inf")}}}, "router_z must be a finite number"),
     "negative p": ({"routing": {"method": "top_p", "selector": {"p": -0.1}}}, "p must be a finite number >= 0"),
-    "p that is no number": ({"routing": {"method": "top_p", "selector": {"p": float("nan")}}}, "p must be a finite number"),
+    "p that is no number": (
+        {"routing": {"method": "top_p", "selector": {"p": float("nan")}}},
+        "p must be a finite number",
+    ),
     "infinite p": ({"routing": {"method": "top_p", "selector": {"p": float("inf")}}}, "p must be a finite number"),
     "k beyond E": ({"routing": {"selector": {"k": 9}}}, r"k must be between 1 and num_experts \(8\), got 9"),
     "k of zero": ({"num_experts_per_tok": 0}, "num_experts_per_tok must be between"),

@@ -10,9 +10,9 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from dynmoe_hf.model import dispatch, modeling_dynmoe
+from dynmoe_hf.model.expert_selectors import SELECTORS, TopK, TopKOptions, TopP, TopPOptions
 from dynmoe_hf.model.routing import Routing, RoutingContext
 from dynmoe_hf.model.scorers import SCORERS, LinearScorer, Scores
-from dynmoe_hf.model.expert_selectors import SELECTORS, TopK, TopKOptions, TopP, TopPOptions
 from tests.model import contract
 
 

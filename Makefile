@@ -12,8 +12,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist work
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
+# Threads that spin while they wait are many times slower as soon as anything else wants the cores.
 demo: $(VENV)/installed-demo ## set up, then run `dynmoe demo`
-	$(BIN)/dynmoe demo --overwrite
+	OMP_WAIT_POLICY=passive $(BIN)/dynmoe demo --overwrite
 
 test: lint pytest ## set up, then run the linter and the fast tests
 

@@ -103,7 +103,7 @@ def load_model(
         raise ValueError(f"{source!r} has no complete set of safetensors weights: {_first_line(error)}") from error
     _refuse_incomplete(source, report)
     _refuse_not_finite(source, model)
-    return model.to(device).eval()
+    return model.to(device)
 
 
 def load_model_and_tokenizer(

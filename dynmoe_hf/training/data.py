@@ -223,8 +223,10 @@ def _load_files(files: Sequence[str]) -> Dataset:
     options: dict[str, Any] = {"sample_by": "document"} if builders == ["text"] else {}
     try:
         return load_dataset(builders[0], data_files=[glob.escape(file) for file in files], split="train", **options)
-    except DatasetGenerationError as error:
-        raise ValueError(f"cannot read {', '.join(files)}: {error.__cause__ or error}") from error
+    except (DatasetGenerationError, StopIteration) as error:
+        # StopIteration is what datasets raises for an empty JSON file.
+        reason = error.__cause__ or str(error) or "there is nothing in it"
+        raise ValueError(f"cannot read {', '.join(files)}: {reason}") from error
 
 
 def _as_documents(dataset: Dataset, text_column: str, split: str) -> Dataset:

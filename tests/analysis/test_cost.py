@@ -98,6 +98,8 @@ def test_sliding_window_bounds_the_keys():
 def test_layers_with_their_own_routing():
     cost = count_cost(tiny_config("top_k", num_experts_per_tok=2, layer_routing={0: "top_p"}))
     assert [point.experts_per_token for point in cost.activity] == [1.5, 2, 5]
+    uneven = count_cost(tiny_config("top_p", layer_routing={0: {"selector": {"max_experts": 3}}}))
+    assert [point.experts_per_token for point in uneven.activity] == [1, 2, 5.5]
     capped = count_cost(tiny_config({"selector": {"type": "top_p", "max_experts": 2}}))
     assert [point.experts_per_token for point in capped.activity] == [1, 2]
     fixed = count_cost(tiny_config("top_k", num_experts_per_tok=3))

@@ -1,16 +1,19 @@
 """The command line in process: exit codes, one line for a user's mistake, JSON that parses."""
 
+import functools
 import json
 import subprocess
 import sys
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
+from dynmoe_hf import DynMoeForCausalLM
 from dynmoe_hf.cli import COMMANDS, main
 from dynmoe_hf.cli.methods import option_docs
 from dynmoe_hf.cli.model_arguments import split_dotted_flags
-from dynmoe_hf.model.methods import AXES, METHODS, expand, options_class
+from dynmoe_hf.model.methods import AXES, METHODS, Method, expand, options_class
 from dynmoe_hf.training.tokenizer import train_tokenizer
 from tests.tiny import all_routings, tiny_config, tiny_model
 
@@ -133,6 +136,13 @@ def test_types_and_continued_lines_of_options(run):
     assert by_name["num_groups"]["doc"].endswith("section 2.1.2).")
 
 
+def test_defaults_are_those_of_the_method(run, monkeypatch):
+    parts = METHODS["top_p"].parts | {"selector": {"type": "top_p", "p": 0.9}}
+    monkeypatch.setitem(METHODS, "wide", Method("All but the least probable experts", "nobody", parts))
+    options = json.loads(run("methods", "wide", "--json"))["parts"]["selector"]["options"]
+    assert {option["name"]: option["default"] for option in options}["p"] == 0.9
+
+
 def test_methods_knows_the_nearest_name(refused):
     assert "Did you mean 'top_p'?" in refused("methods", "topp")
 
@@ -241,7 +251,10 @@ def test_evaluate(folder, documents, run, tmp_path):
     output = tmp_path / "result.json"
     found = json.loads(run(*evaluate(folder, documents, "--json", "--output", output)))
     assert json.loads(output.read_text()) == found
-    assert found["bytes"] < sum(map(len, TEXTS)) and found["tokens"] > 20
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    num_tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in TEXTS)
+    assert num_tokens % 16 and found["blocks"] == num_tokens // 16 + 1
+    assert num_tokens - found["blocks"] - len(TEXTS) <= found["tokens"] < num_tokens
     assert 1 <= found["experts_per_token"] <= 8 and len(found["expert_load"]) == 2
     assert found["routing"]["selector"]["p"] == 0.4
     printed = run(*evaluate(folder, documents, "--batch-size", "1"))
@@ -255,6 +268,19 @@ def test_evaluate_changes_the_routing(folder, documents, run):
     assert experts("--routing.selector.p", "0") == 1
     assert experts("--routing", '{"selector": {"p": 1.5}}') == 8
     assert experts("--routing=top_k") == 2
+
+
+def test_evaluate_in_batches(folder, documents, run, monkeypatch):
+    shapes = []
+    forward = DynMoeForCausalLM.forward
+
+    def spy(self, input_ids, **arguments):
+        shapes.append(tuple(input_ids.shape))
+        return forward(self, input_ids=input_ids, **arguments)
+
+    monkeypatch.setattr(DynMoeForCausalLM, "forward", functools.wraps(forward)(spy))
+    run(*evaluate(folder, documents, "--batch-size", "3"))
+    assert shapes == [(3, 16), (1, 16)]
 
 
 def test_evaluate_the_first_blocks(folder, documents, run):

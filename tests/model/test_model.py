@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import AutoModelForCausalLM, StaticCache, pipeline
 
 from dynmoe_hf import DynMoeForCausalLM
@@ -165,7 +167,19 @@ def test_a_checkpointed_layer_keeps_the_gradient_of_the_losses() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("engine", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(
+            "grouped_mm",
+            marks=pytest.mark.skipif(
+                version.parse(transformers.__version__) < version.parse("5.23"),
+                reason="the backward pass of its compiled form fails inside transformers before 5.23",
+            ),
+        ),
+        "batched_mm",
+    ],
+)
 def test_compiles_as_one_graph(method: str, engine: str) -> None:
     model = tiny_model(method, engine)
     content = tokens(2, 8)

@@ -172,6 +172,7 @@ def test_refused_sources(tmp_path):
     broken.write_text('{"text": "x"}\n{"text": \n')
     latin.write_bytes("é".encode("latin-1"))
     empty = write_jsonl(tmp_path / "empty.jsonl", ["", " "])
+    nothing = write_jsonl(tmp_path / "nothing.jsonl", [])
     single = write_jsonl(tmp_path / "single.jsonl", TEXTS[:1])
     only_test = tmp_path / "splits"
     only_test.mkdir()
@@ -184,6 +185,7 @@ def test_refused_sources(tmp_path):
         (dict(source=good, text_column="body"), "no column 'body' for the text, only: text, id"),
         (dict(source=good, text_column="id"), "'id' of the train split holds .*int64.*not text"),
         (dict(source=empty), "train split has no document"),
+        (dict(source=nothing), "there is nothing in it"),
         (dict(source=good, validation_files=empty), "validation split has no document"),
         (dict(source=single), "leaves the validation split empty"),
         (dict(source=single, validation_fraction=1 - 1e-9), "leaves the train split empty"),

@@ -91,7 +91,7 @@ def _styles() -> Iterator[dict[str, Any]]:
 
 
 def _save(figure: Figure, axes: Axes, path: str | os.PathLike) -> None:
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(axes.dataLim.y1, 1))
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)

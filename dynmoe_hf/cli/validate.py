@@ -72,8 +72,9 @@ def read_config(source: str, rest: list[str]) -> DynMoeConfig:
     if isinstance(model, str):
         return load_config(model, routing)
     check_model_fields(model)
-    vocabulary = {"vocab_size": _vocab_size(settings)} if is_run else {}
-    return DynMoeConfig(**(vocabulary | model), routing=routing)
+    if is_run and "vocab_size" not in model:
+        model = model | {"vocab_size": _vocab_size(settings)}
+    return DynMoeConfig(**model, routing=routing)
 
 
 def _vocab_size(settings: Mapping[str, Any]) -> int:

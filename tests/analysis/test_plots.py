@@ -41,6 +41,7 @@ def check_readable(figure, names):
     assert axes.get_xlabel() and axes.get_title()
     assert "experts per token" in axes.get_ylabel().lower()
     assert axes.get_ylim()[0] == 0
+    assert axes.get_ylim()[1] > 1.05 * max(max(line.get_ydata()) for line in axes.lines)  # markers are whole
     assert [text.get_text() for text in figure.legends[0].get_texts()] == names
     looks = {(to_hex(line.get_color()), line.get_marker()) for line in axes.lines}
     assert len(looks) == len(names)

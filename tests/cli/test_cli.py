@@ -173,6 +173,8 @@ def test_validate_a_training_run_from_a_checkpoint(folder, run, refused, tmp_pat
 def test_validate_a_training_run_with_a_tokenizer(folder, run, tmp_path):
     path = write(tmp_path / "run.yaml", RUN | {"tokenizer": str(folder)})
     assert json.loads(run("validate", path, "--json"))["parameters"]["embedding"] == 280 * 32
+    given = write(path, RUN | {"tokenizer": "not/reachable", "model": RUN["model"] | {"vocab_size": 300}})
+    assert json.loads(run("validate", given, "--json"))["parameters"]["embedding"] == 300 * 32
 
 
 def test_validate_applies_flags(run, tmp_path):

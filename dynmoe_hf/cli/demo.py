@@ -40,15 +40,19 @@ SETTINGS: dict[str, Any] = {
     "seed": 0,
 }
 VOCAB_SIZE = 2048
+TRAINING_PLOT, LAYER_PLOT = "experts_over_training.png", "experts_per_layer.png"
+FILES = ("tokenizer", "results.json", TRAINING_PLOT, LAYER_PLOT)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
     parser.add_argument("--output", default="runs/demo", help="folder for models, plots and results.json (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier demo left in that folder")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps for each method (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run the command. Raises UserError for what the user can mend."""
     output = Path(args.output)
     _prepare(output, args.overwrite, args.steps)
 
@@ -61,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
         results[method] = _train_and_measure(method, output / method, tokenizer, args.steps)
         histories[method] = results[method].pop("log_history")
     (output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    plot_experts_over_training(histories, output / "experts_over_training.png")
+    plot_experts_over_training(histories, output / TRAINING_PLOT)
     per_layer = {method: result["experts_per_token_by_layer"] for method, result in results.items()}
-    plot_experts_per_layer(per_layer, output / "experts_per_layer.png")
+    plot_experts_per_layer(per_layer, output / LAYER_PLOT)
     _print_table(results)
     print(f"Models, plots and results.json are in {output}.")
     _generate_in_a_new_process(output / METHODS[-1])
@@ -77,11 +81,14 @@ def _prepare(output: Path, overwrite: bool, steps: int) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError("the demo draws plots, which need matplotlib: pip install 'dynmoe-hf[demo]'") from error
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if not (output / "results.json").is_file() and not (output / "tokenizer").is_dir():
-            raise UserError(f"{str(output)!r} holds something that is no demo; choose another folder with --output.")
-        if not overwrite:
-            raise UserError(f"{str(output)!r} holds an earlier demo; --overwrite deletes it.")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{str(output)!r} is a file.")
+    left = {entry.name for entry in output.iterdir()} if output.exists() else set()
+    if strange := left - {*FILES, *METHODS, *(f"{method}.yaml" for method in METHODS)}:
+        raise UserError(f"{str(output)!r} holds {min(strange)!r}, which is not from a demo; choose another --output.")
+    if left and not overwrite:
+        raise UserError(f"{str(output)!r} holds an earlier demo; --overwrite deletes it.")
+    if left:
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -136,23 +143,16 @@ def _train_and_measure(method: str, folder: Path, tokenizer: Path, steps: int) -
 
 
 def _print_table(results: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from .tables import new_console, new_table
 
+    console = new_console()
     tokens = next(iter(results.values()))["training_tokens"]
-    table = Table(title=f"Same text, seed and budget: {tokens:,} training tokens each")
-    columns = (
-        "method",
-        "validation\nbits per byte",
-        "experts/token\nfirst step",
-        "experts/token\nlast steps",
-        "experts/token\nvalidation",
-        "active\nparameters",
-        "total\nparameters",
-        "training\ntokens/s",
+    console.print(
+        f"\nThe same text, seed and budget of {tokens:,} tokens for each method. Experts per token: in the first"
     )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "method" else "right")
+    console.print("step, over the last steps, and on the validation text.")
+    columns = ("bits/byte", "first", "last", "valid.", "active", "total", "tokens/s")
+    table = new_table("method", *columns, numbers=True)
     for method, result in results.items():
         table.add_row(
             method,
@@ -164,7 +164,7 @@ def _print_table(results: dict[str, dict[str, Any]]) -> None:
             f"{result['total_parameters'] / 1e6:.2f} M",
             f"{result['tokens_per_second']:,.0f}",
         )
-    Console().print(table)
+    console.print(table)
 
 
 def _generate_in_a_new_process(model: Path) -> None:

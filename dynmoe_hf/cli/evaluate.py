@@ -25,6 +25,7 @@ REPORTED = {
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
     add_model_arguments(parser)
     parser.add_argument(
         "--dataset",
@@ -51,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run the command. Raises UserError for what the user can mend."""
     from dynmoe_hf.errors import user_errors
     from dynmoe_hf.evaluation.perplexity import evaluate_text
     from dynmoe_hf.training.data import pack

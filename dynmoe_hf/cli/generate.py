@@ -14,6 +14,7 @@ SAMPLING = ("temperature", "top_p", "top_k")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
     add_model_arguments(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
@@ -32,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run the command. Raises UserError for what the user can mend."""
     import torch
     from transformers import TextStreamer, set_seed
 

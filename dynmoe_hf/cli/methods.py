@@ -13,11 +13,13 @@ _ENTRY = re.compile(r"    (\w+(?:, \w+)*): (.*)")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
     parser.add_argument("name", nargs="?", help="show this method in full")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run the command. Raises UserError for what the user can mend."""
     from dynmoe_hf.errors import UserError
     from dynmoe_hf.model.methods import METHODS
     from dynmoe_hf.model.routing import unknown_name
@@ -67,12 +69,9 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def _describe_part(axis: str, part: dict[str, Any]) -> dict[str, Any]:
-    from dynmoe_hf.model.expert_layouts import EXPERTS
-    from dynmoe_hf.model.expert_selectors import SELECTORS
-    from dynmoe_hf.model.methods import options_class
-    from dynmoe_hf.model.scorers import SCORERS
+    from dynmoe_hf.model.methods import PARTS, options_class
 
-    part_class = {"scorer": SCORERS, "selector": SELECTORS, "experts": EXPERTS}[axis][part["type"]]
+    part_class = PARTS[axis][part["type"]]
     options = options_class(axis, part["type"])
     docs = option_docs(options)
     return {

@@ -29,6 +29,7 @@ class _Help(argparse.Action):
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
     parser.usage = f"{parser.prog} [--config FILE] [--json] [--NAME VALUE ...]"
     parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show what can be given, and exit")
     parser.add_argument("--config", metavar="FILE", help="YAML file of arguments; flags win")
@@ -37,6 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run the command. Raises UserError for what the user can mend."""
     missing = [name for name in ("accelerate", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"training needs {' and '.join(missing)}: pip install 'dynmoe-hf[train]'")

@@ -20,6 +20,7 @@ FILES = (".yaml", ".yml", ".json")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
     parser.add_argument(
         "config",
         help="YAML file of a training run, YAML or JSON file of DynMoeConfig fields, or model folder or Hub id",
@@ -32,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run the command. Raises UserError for what the user can mend."""
     from dynmoe_hf.analysis.cost import count_cost
     from dynmoe_hf.errors import user_errors
 

@@ -2,12 +2,16 @@
 """DynMoeConfig. No `from __future__ import annotations` here: it would switch off the type checks of `@strict`."""
 
 import difflib
+from math import inf
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
+from .compat import ROPE_INIT_FUNCTIONS
 from .methods import RoutingSpec, check, default_slots, expand, with_own_slots
+from .routing import unknown_name
 
 POSITIVE = (
     "vocab_size",
@@ -21,6 +25,7 @@ POSITIVE = (
     "max_position_embeddings",
     "num_experts",
 )
+RANGES = (("initializer_range", 0, inf), ("rms_norm_eps", 0, inf), ("attention_dropout", 0, 1))
 
 
 @strict
@@ -145,8 +150,8 @@ class DynMoeConfig(PreTrainedConfig):
         if self.num_experts_per_tok is None:
             self.num_experts_per_tok = default_slots(self.routing, self.num_experts)
         self.layer_routing = {int(layer): changes for layer, changes in (self.layer_routing or {}).items()}
-        self.check()
         super().__post_init__(**kwargs)
+        self.check()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -228,6 +233,12 @@ class DynMoeConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(unknown_name("hidden_act", self.hidden_act, ACT2FN))
+        for name, lowest, highest in RANGES:
+            if not lowest <= getattr(self, name) < highest:
+                raise ValueError(f"{name} must be at least {lowest} and below {highest}, got {getattr(self, name)}.")
+        self._check_rope()
         if self.num_shared_experts < 0:
             raise ValueError(f"num_shared_experts must be 0 or more, got {self.num_shared_experts}.")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
@@ -246,6 +257,21 @@ class DynMoeConfig(PreTrainedConfig):
         for layer_idx in range(self.num_hidden_layers):
             if self.is_sparse(layer_idx):
                 check(self.routing_for(layer_idx), self)
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters
+        kind, theta = rope.get("rope_type"), rope.get("rope_theta")
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < inf:
+            raise ValueError(f"rope_parameters: rope_theta must be a finite number above 0, got {theta!r}.")
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            raise ValueError(unknown_name("rope_type", kind, ["default", *ROPE_INIT_FUNCTIONS]))
+        if kind != "default":
+            try:
+                ROPE_INIT_FUNCTIONS[kind](self, device="cpu")
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"rope_parameters of type {kind!r} are incomplete or of the wrong kind: {error}."
+                ) from error
 
     def _check_layers(self, name: str, accepted: tuple[str, ...]) -> None:
         values = getattr(self, name)

@@ -23,7 +23,8 @@ from .scorers import SCORERS
 
 RoutingSpec = dict[str, Any]
 
-AXES = ("scorer", "selector", "experts")
+PARTS: dict[str, Mapping[str, type]] = {"scorer": SCORERS, "selector": SELECTORS, "experts": EXPERTS}
+AXES = tuple(PARTS)
 CUSTOM = "custom"  # the stored name of a combination that is no preset
 DEFAULT_METHOD = "top_k"
 
@@ -67,8 +68,8 @@ def options_class(axis: str, part_type: str) -> type:
     Raises:
         ValueError: when the axis has no part of that name.
     """
-    table = {"scorer": SCORERS, "selector": SELECTORS, "experts": EXPERTS}[axis]
-    if part_type not in table:
+    table = PARTS[axis]
+    if not isinstance(part_type, str) or part_type not in table:
         raise ValueError(unknown_name(f"routing.{axis} type", part_type, table))
     part = table[part_type]
     return getattr(part, "Options", part)
@@ -94,6 +95,8 @@ def expand(routing: str | Mapping[str, Any] | None, base: RoutingSpec | None = N
     Raises:
         ValueError: on any unknown name and on any value that a part refuses.
     """
+    if not isinstance(routing, str | Mapping | None):
+        raise ValueError(f"routing must be the name of a method or a dict, got {routing!r}.")
     changes: dict[str, Any] = {"method": routing} if isinstance(routing, str) else dict(routing or {})
     for key in changes:
         if key not in ("method", "losses", *AXES):
@@ -103,7 +106,7 @@ def expand(routing: str | Mapping[str, Any] | None, base: RoutingSpec | None = N
         start: RoutingSpec = {axis: {"type": changes[axis]["type"]} for axis in AXES} | {"losses": {}}
     elif method is None or method == CUSTOM:
         start = expand(DEFAULT_METHOD) if base is None else base
-    elif method in METHODS:
+    elif isinstance(method, str) and method in METHODS:
         start = dict(METHODS[method].parts)
     else:
         raise ValueError(unknown_name("routing method", method, METHODS))

@@ -131,6 +131,19 @@ REFUSED = {
         "sliding_window is not set",
     ),
     "pad outside the vocabulary": ({"pad_token_id": 97}, "outside the vocabulary"),
+    "layer routing that is no dict": ({"layer_routing": {0: 5}}, "routing must be the name of a method or a dict"),
+    "type that is no name": ({"routing": {"selector": {"type": ["top_k"]}}}, "routing.selector type"),
+    "method that is no name": ({"routing": {"method": ["top_k"]}}, "routing method"),
+    "unknown activation": ({"hidden_act": "sillu"}, "Did you mean 'silu'"),
+    "unknown rope": ({"rope_parameters": {"rope_type": "yarm"}}, "Did you mean 'yarn'"),
+    "incomplete rope": ({"rope_parameters": {"rope_type": "yarn"}}, "incomplete"),
+    "rope base that is no number": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
+        "rope_theta must",
+    ),
+    "negative initializer": ({"initializer_range": -1.0}, "initializer_range must be at least 0"),
+    "negative eps": ({"rms_norm_eps": -1.0}, "rms_norm_eps must be at least 0"),
+    "too much dropout": ({"attention_dropout": 3.0}, "attention_dropout must be at least 0 and below 1"),
     "negative shared experts": ({"num_shared_experts": -1}, "num_shared_experts must be 0 or more"),
 }
 

@@ -148,8 +148,8 @@ def _print_table(results: dict[str, dict[str, Any]]) -> None:
     console = new_console()
     tokens = next(iter(results.values()))["training_tokens"]
     console.print(
-        f"\nThe same text, seed and budget for each method: {tokens:,} tokens. Experts per token in the first step, over "
-        "the last steps, and on the validation text:"
+        f"\nThe same text, seed and budget for each method: {tokens:,} tokens. Experts per token in the first step, "
+        "over the last steps, and on the validation text:"
     )
     columns = ("bits/byte", "first", "last", "valid.", "active", "total", "tokens/s")
     table = new_table("method", *columns, numbers=True)

@@ -5,6 +5,7 @@ import difflib
 from math import inf
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -223,6 +224,9 @@ class DynMoeConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the field and the reason.
         """
+        if len(set(self.layer_types)) == 1:
+            # One kind for all: a changed number of layers, as for a truncated model, needs no new list.
+            self.layer_types = self.layer_types[:1] * max(self.num_hidden_layers, 1)
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -267,7 +271,8 @@ class DynMoeConfig(PreTrainedConfig):
             raise ValueError(unknown_name("rope_type", kind, ["default", *ROPE_INIT_FUNCTIONS]))
         if kind != "default":
             try:
-                ROPE_INIT_FUNCTIONS[kind](self, device="cpu")
+                with torch.device("cpu"):  # a model may be being built on the meta device, which has no values
+                    ROPE_INIT_FUNCTIONS[kind](self)
             except (KeyError, TypeError) as error:
                 raise ValueError(
                     f"rope_parameters of type {kind!r} are incomplete or of the wrong kind: {error}."

@@ -170,6 +170,14 @@ def test_a_config_changed_by_hand_is_checked_again_by_the_model() -> None:
         DynMoeForCausalLM(config)
 
 
+def test_a_truncated_model_needs_no_new_list_of_layer_types(tmp_path) -> None:
+    from dynmoe_hf import DynMoeForCausalLM
+
+    DynMoeForCausalLM(tiny_config("top_k", mlp_layer_types=None)).save_pretrained(tmp_path)
+    model = DynMoeForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    assert len(model.model.layers) == len(model.config.layer_types) == 2
+
+
 def test_no_field_leaks_into_generation() -> None:
     fields = set(DynMoeConfig.__dataclass_fields__)
     assert fields & set(GenerationConfig._get_default_generation_params()) <= {"use_cache"}

@@ -75,7 +75,8 @@ def ragged_experts(experts: nn.Module, hidden_states: Tensor, expert_ids: Tensor
     """Pairs sorted by expert once, one product per used expert and projection, and one autograd node for the layer."""
     num_slots = expert_ids.shape[-1]
     order = expert_ids.reshape(-1).argsort(stable=True)  # (P,) pairs by expert
-    counts = expert_ids.reshape(-1).bincount(minlength=experts.num_experts).tolist()
+    counts = expert_ids.reshape(-1).bincount(minlength=experts.num_experts).tolist()[: experts.num_experts]
+    order = order[: sum(counts)]  # expert parallelism gives the experts of other processes the id E
     gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled(hidden_states.device.type):

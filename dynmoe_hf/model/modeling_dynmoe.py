@@ -78,6 +78,8 @@ class DynMoeExperts(nn.Module):
         """(T, D), expert ids (T, K) below E, weights (T, K) -> weighted sums (T, D)."""
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
+            if expert == self.num_experts:  # how expert parallelism marks the experts of other processes
+                continue
             token, slot = (top_k_index == expert).nonzero(as_tuple=True)
             gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
             expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])

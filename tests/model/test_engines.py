@@ -114,6 +114,16 @@ def test_no_tokens(engine: str) -> None:
         assert all(parameter.grad is not None for parameter in experts.parameters())
 
 
+@pytest.mark.parametrize("engine", ["reference", "eager", "ragged"])
+@pytest.mark.parametrize("used", CORNERS.values(), ids=CORNERS)
+def test_own_engines_skip_the_experts_of_other_processes(engine: str, used: Tensor) -> None:
+    """Expert parallelism of transformers calls an engine with the id E and weight 0 in the place of such an expert."""
+    experts, hidden = make_experts(engine, 4), torch.randn(used.shape[0], 32, requires_grad=True)
+    routing = make_routing(used)
+    output = experts(hidden, routing.expert_ids, routing.weights)
+    torch.testing.assert_close(output.double(), plain_loop(experts, hidden, routing), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_inputs_that_are_not_contiguous(engine: str) -> None:
     used = torch.rand(6, 4, generator=torch.Generator().manual_seed(1)) > 0.5

@@ -221,6 +221,8 @@ class DynMoeConfig(PreTrainedConfig):
     def check(self) -> None:
         """Refuse impossible values and combinations; called when a config, and again when a model, is built.
 
+        Before that, `layer_types` of a single kind are brought to the present number of layers.
+
         Raises:
             ValueError: naming the field and the reason.
         """

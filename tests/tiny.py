@@ -1,5 +1,6 @@
 """Small models for tests. `initializer_range` is large enough for the experts to matter in the logits."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -7,9 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dynmoe_hf import DynMoeConfig, DynMoeForCausalLM
-from dynmoe_hf.model.expert_selectors import SELECTORS
-from dynmoe_hf.model.methods import METHODS
-from dynmoe_hf.model.scorers import SCORERS
+from dynmoe_hf.model.methods import METHODS, PARTS
 
 ENGINES = ("reference", "eager", "ragged", "grouped_mm", "batched_mm")
 
@@ -19,22 +18,67 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"k": 1, "norm_topk_prob": False},
         {"score_function": "sigmoid", "num_groups": 2, "top_groups": 1, "bias": True, "scale": 2.5},
     ],
-    "top_p": [{"p": 0.0}, {"p": 1.0}, {"p": 0.6, "max_experts": 2, "norm_topk_prob": True}],
+    "top_p": [{"p": 0.0}, {"p": 1.0}, {"p": 0.6, "max_experts": 2, "norm_topk_prob": True}, {"standardize": True}],
+    "importance": [
+        {"statistic": "row_max_norm", "k_max": 4, "norm_topk_prob": True},
+        {"statistic": "row_max_nosink", "scale": 0.7},
+        {"statistic": "row_entropy", "k_min": 2},
+        {"statistic": "self", "scale": 2.0},
+    ],
+    "recurrent": [
+        {"size": 6, "cell": "rnn", "projector": "shared", "init": "uniform"},
+        {"size": 6, "cell": "lstm", "init": "uniform", "logit_residual_alpha": 0.5},
+        {"size": 6, "recurrent_state": "none", "logit_residual_alpha": 1.0, "detach_logit_residual": True},
+        {"size": 6, "recurrent_state": "detach", "init": "uniform"},
+    ],
+    "low_rank": [{"rank": 5, "intermediate_size": 11, "down_init_std": 0.5}],
+    "cartesian": [
+        {"composition": "prenorm_input_residual"},
+        {"composition": "nested"},
+        {"composition": "postnorm"},
+        {"composition": "postnorm_input_residual", "second_selector": {"k": 1, "norm_topk_prob": False}},
+        {"bank": {"type": "low_rank"}},
+    ],
+}
+
+# Combinations whose parts need each other.
+TOGETHER: dict[str, dict[str, Any]] = {
+    "activation_norm in cartesian banks": {
+        "scorer": "activation_norm",
+        "experts": {"type": "cartesian", "bank": {"type": "low_rank"}},
+    },
+    "budget of each layer": {"method": "dtop_p", "controller": {"scope": "layer", "target": 3.5}},
+    "budget of pairs": {"method": "dtop_p", "experts": "cartesian", "controller": {"target": 6}},
 }
 
 
-def all_routings() -> dict[str, dict[str, Any]]:
-    """Every preset, every combination of registered parts, and every variant, by a readable name."""
-    from dynmoe_hf.model.expert_layouts import EXPERTS
+def combinations() -> dict[str, dict[str, Any]]:
+    """Every combination of registered parts, those that the config refuses included."""
+    return {
+        "+".join(types): {axis: {"type": type_} for axis, type_ in zip(PARTS, types, strict=True)}
+        for types in itertools.product(*PARTS.values())
+    }
 
+
+def refusal(routing: Any) -> str | None:
+    """Why the config refuses a routing, None if it takes it."""
+    try:
+        tiny_config(routing)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def all_routings() -> dict[str, dict[str, Any]]:
+    """Every preset, every combination of registered parts that works, and every variant, by a readable name."""
     routings: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
-    for scorer, selector, experts in itertools.product(SCORERS, SELECTORS, EXPERTS):
-        parts = {"scorer": {"type": scorer}, "selector": {"type": selector}, "experts": {"type": experts}}
-        routings[f"{scorer}+{selector}+{experts}"] = parts
-    for selector, variants in VARIANTS.items():
+    routings |= {name: parts for name, parts in combinations().items() if refusal(parts) is None}
+    for part, variants in VARIANTS.items():
+        (axis,) = (axis for axis, table in PARTS.items() if part in table)
         for number, options in enumerate(variants):
-            routings[f"{selector}-{number}"] = {"selector": {"type": selector, **options}}
-    return routings
+            routings[f"{part}-{number}"] = {axis: {"type": part, **options}}
+    return routings | TOGETHER
 
 
 def tiny_config(routing: Any = None, **changes: Any) -> DynMoeConfig:

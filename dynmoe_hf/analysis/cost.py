@@ -10,7 +10,10 @@ from torch import nn
 
 if TYPE_CHECKING:
     from dynmoe_hf import DynMoeConfig
-    from dynmoe_hf.model.modeling_dynmoe import DynMoeBlock, DynMoeDecoderLayer, DynMoeForCausalLM
+    from dynmoe_hf.model.blocks import DynMoeBlock
+    from dynmoe_hf.model.modeling_dynmoe import DynMoeDecoderLayer, DynMoeForCausalLM
+
+HIGH_OVERHEAD = 0.25  # of activation-norm routing, as a share of the products of the used experts
 
 PARTS = ("embedding", "attention", "router", "experts", "shared_experts", "dense", "norms", "head")
 
@@ -20,7 +23,7 @@ class Activity:
     """What one token costs at a given number of experts.
 
     Args:
-        experts_per_token: mean over the MoE layers.
+        experts_per_token: mean over the routers.
         parameters: parameters that take part in the forward pass of the token.
         flops: floating-point operations of that pass.
     """
@@ -40,6 +43,7 @@ class Cost:
         weight_bytes: memory of the weights and of the buffers that are saved with them.
         sequence_length: tokens that attention is counted for.
         activity: cost of one token, for a rising number of experts.
+        notes: what else a user should know before training.
     """
 
     parameters: dict[str, int]
@@ -47,6 +51,7 @@ class Cost:
     weight_bytes: int
     sequence_length: int
     activity: tuple[Activity, ...]
+    notes: tuple[str, ...]
 
     @property
     def total_parameters(self) -> int:
@@ -62,18 +67,19 @@ def count_cost(
 
     * a parameter that is shared counts once, so a tied head has none of its own;
     * active parameters are all parameters but those of the experts that a token does not use. Embedding and head count
-      in full, as in the papers that publish such figures;
-    * FLOPs are those of matrix products in one forward pass, a multiply-add being two: projections, router, experts,
-      head, and attention, whose scores and weighted sum each take 2 x heads x head_dim for every key. A token counts
+      in full, as in the papers that publish such figures; of experts that are ranked by their own activation, the
+      matrix that gives it counts for all of them;
+    * FLOPs are those of matrix products in one forward pass, a multiply-add being two: projections, router (a shared
+      cell in every layer that uses it), experts, head, row statistics, and attention, whose scores and weighted sum each take 2 x heads x head_dim for every key. A token counts
       `sequence_length` keys, or the sliding window if that is shorter: what a kernel computes that masks the future
       rather than skipping it (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Norms, activations, softmax,
       selection and the embedding look-up are left out.
 
     Args:
         config: a valid configuration; its `dtype`, float32 if it has none, is that of the weights.
-        experts_per_token: mean number of experts, 0 ... E, in every MoE layer. None takes from each layer what its
-            selector is bound to use; if that is not fixed in some layer, the cost is given for 1, for 2 and for the
-            most experts there.
+        experts_per_token: mean number of experts, 0 ... E, of every router; a cartesian layer has two. None takes from
+            each router what its selector is bound to use; if that is not fixed for some router, the cost is given for
+            1, for 2 and for the most experts there.
         sequence_length: at least 1; None takes `max_position_embeddings`.
 
     Raises:
@@ -92,10 +98,14 @@ def count_cost(
         model = AutoModelForCausalLM.from_config(config)
     layers, blocks = model.model.layers, model.moe_blocks()
     parameters = _count_parts(model)
-    expert_sizes = [_num_parameters(block.experts) // config.num_experts for block in blocks]
-    unrouted = sum(parameters.values()) - parameters["experts"]
-    unrouted_flops = 2 * (_num_matrix_elements(layers) - parameters["experts"] + model.lm_head.weight.numel())
+    expert_sizes = [_routed_size(block) for block in blocks]
+    routed = config.num_experts * sum(expert_sizes)
+    unrouted = sum(parameters.values()) - routed
+    unrouted_flops = 2 * (_num_matrix_elements(layers) - routed + model.lm_head.weight.numel())
     unrouted_flops += sum(_attention_flops(layer, sequence_length) for layer in layers)
+    for block in blocks:
+        if block.spec["scorer"]["type"] in model.model.shared_scorers:
+            unrouted_flops += 2 * _num_matrix_elements(model.model.shared_scorers[block.spec["scorer"]["type"]])
     if experts_per_token is None:
         choices = _experts_per_layer(blocks)
     else:
@@ -111,6 +121,7 @@ def count_cost(
         weight_bytes=sum(tensor.nbytes for tensor in set(model.state_dict(keep_vars=True).values())),
         sequence_length=sequence_length,
         activity=tuple(activity),
+        notes=_notes(blocks),
     )
 
 
@@ -118,6 +129,7 @@ def _count_parts(model: DynMoeForCausalLM) -> dict[str, int]:
     counts = dict.fromkeys(PARTS, 0)
     counts["embedding"] = _num_parameters(model.model.embed_tokens)
     counts["norms"] = _num_parameters(model.model.norm)
+    counts["router"] = _num_parameters(model.model.shared_scorers)
     if model.lm_head.weight is not model.model.embed_tokens.weight:
         counts["head"] = _num_parameters(model.lm_head)
     for layer in model.model.layers:
@@ -126,15 +138,42 @@ def _count_parts(model: DynMoeForCausalLM) -> dict[str, int]:
         if not layer.is_sparse:
             counts["dense"] += _num_parameters(layer.mlp)
             continue
-        counts["router"] += _num_parameters(layer.mlp.gate, layer.mlp.selector)
-        counts["experts"] += _num_parameters(layer.mlp.experts)
-        if layer.mlp.shared_experts is not None:
-            counts["shared_experts"] += _num_parameters(layer.mlp.shared_experts)
+        if layer.is_cartesian:
+            counts["norms"] += _num_parameters(layer.mlp.inner_norm)
+    for block in model.moe_blocks():
+        counts["router"] += _num_parameters(block.gate, block.selector)
+        counts["experts"] += _num_parameters(block.experts)
+        if block.output_bias is not None:
+            counts["experts"] += block.output_bias.numel()
+        if block.shared_experts is not None:
+            counts["shared_experts"] += _num_parameters(block.shared_experts)
     return counts
 
 
+def _routed_size(block: DynMoeBlock) -> int:
+    """Parameters of one expert that only the tokens that use it need."""
+    always = block.experts.gate_down_proj.numel() if block.gate.reads_norms else 0
+    return (_num_parameters(block.experts) - always) // block.experts.num_experts
+
+
+def _notes(blocks: list[DynMoeBlock]) -> tuple[str, ...]:
+    """A warning if ranking experts by their own activation costs much beside the experts themselves."""
+    overheads = []
+    for block in blocks:
+        if block.gate.reads_norms:
+            ranked, used = block.experts.gate_down_proj[0].numel(), block.selector.num_slots
+            unused = block.experts.num_experts - used
+            overheads.append(unused * ranked / (used * (_routed_size(block) + ranked)))
+    if not overheads or max(overheads) <= HIGH_OVERHEAD:
+        return ()
+    return (
+        f"Ranking the experts by their activation costs {max(overheads):.0%} of the products of the used experts; this "
+        "method is meant for few, wide experts (arXiv 2501.13074).",
+    )
+
+
 def _experts_per_layer(blocks: list[DynMoeBlock]) -> list[list[int]]:
-    """For each point of the count, the experts of a token in each MoE layer."""
+    """For each point of the count, the experts of a token at each router."""
     selectors = [block.selector for block in blocks]
     caps = [selector.num_slots for selector in selectors if not selector.fills_every_slot]
     points = sorted({min(point, max(caps)) for point in (1, 2, max(caps))}) if caps else [0]
@@ -145,10 +184,11 @@ def _experts_per_layer(blocks: list[DynMoeBlock]) -> list[list[int]]:
 
 
 def _attention_flops(layer: DynMoeDecoderLayer, sequence_length: int) -> int:
-    """Scores and weighted sum of one token."""
+    """Scores and weighted sum of one token, and the scores once more where a statistic of them is taken."""
     attention = layer.self_attn
     keys = min(sequence_length, attention.sliding_window or sequence_length)
-    return 2 * 2 * attention.config.num_attention_heads * attention.head_dim * keys
+    products = 3 if layer.is_sparse and layer.mlp.statistic is not None else 2
+    return products * 2 * attention.config.num_attention_heads * attention.head_dim * keys
 
 
 def _num_parameters(*modules: nn.Module) -> int:

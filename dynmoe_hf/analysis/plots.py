@@ -54,7 +54,8 @@ def plot_experts_per_layer(runs: Mapping[str, Sequence[float]], path: str | os.P
     """Draw the mean number of experts of a token in each MoE layer, one line a run.
 
     Args:
-        runs: name of a run -> mean number of experts in each MoE layer, from the first to the last.
+        runs: name of a run -> mean number of experts at each router, from the first to the last; a cartesian layer has
+            two, one a bank.
         path: PNG file to write.
 
     Raises:
@@ -67,7 +68,7 @@ def plot_experts_per_layer(runs: Mapping[str, Sequence[float]], path: str | os.P
     figure, axes = _figure(runs)
     for (name, values), style in zip(runs.items(), _styles(), strict=False):
         axes.plot(range(len(values)), values, label=name, **style)
-    axes.set_xlabel("MoE layer (0 is next to the embedding)")
+    axes.set_xlabel("Router (0 is next to the embedding)")
     axes.set_ylabel("Experts per token, mean over tokens")
     axes.set_title("Experts per token in each layer")
     _save(figure, axes, path)

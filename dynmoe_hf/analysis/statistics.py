@@ -19,12 +19,12 @@ Mode = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class RoutingSummary:
-    """Means over the real tokens of many calls. `L` MoE layers, `E` experts.
+    """Means over the real tokens of many calls. `L` routers: one a MoE layer, two a cartesian one; `E` experts.
 
     Args:
         num_tokens: real tokens that were routed.
         num_labels: tokens that had a label.
-        expert_load: (L, E) share of the tokens that used the expert; a row sums to the experts per token of its layer.
+        expert_load: (L, E) share of the tokens that used the expert; a row sums to the experts per token of its router.
         aux_losses: auxiliary losses by name, without their coefficients; the mean over calls, weighted by labels, or by
             tokens where a call had no labels.
         lm_loss: mean over the labels of the task's loss alone, None without labels.
@@ -38,17 +38,17 @@ class RoutingSummary:
 
     @property
     def experts_per_token_by_layer(self) -> list[float]:
-        """(L,) mean number of experts that a token used."""
+        """(L,) mean number of experts that a token used, by router."""
         return [sum(loads) for loads in self.expert_load]
 
     @property
     def experts_per_token(self) -> float:
-        """Mean over the layers of the mean number of experts that a token used."""
+        """Mean over the routers of the mean number of experts that a token used."""
         return sum(self.experts_per_token_by_layer) / max(len(self.expert_load), 1)
 
     @property
     def dead_experts(self) -> int:
-        """Experts, counted in every layer, that no token used."""
+        """Experts, counted at every router, that no token used."""
         return sum(load == 0 for loads in self.expert_load for load in loads)
 
 

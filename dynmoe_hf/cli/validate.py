@@ -135,6 +135,8 @@ def _print(source: str, config: DynMoeConfig, cost: Cost) -> None:
         )
     console.print(table)
     console.print(f"FLOPs of a forward pass, attention over {cost.sequence_length:,} tokens.")
+    for note in cost.notes:
+        console.print(f"Note: {note}")
 
 
 def _with_prefix(value: float) -> str:

@@ -14,6 +14,7 @@ from transformers import Cache
 
 from .compat import ALL_ATTENTION_FUNCTIONS, ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from .configuration_dynmoe import DynMoeConfig
+from .row_statistics import Visibility, row_statistics
 
 
 class DynMoeRMSNorm(nn.Module):
@@ -120,9 +121,12 @@ class DynMoeAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
+        statistic: str | None = None,
+        visibility: Visibility | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, S, D) -> (B, S, D) and, from backends that have them, the probabilities (B, H, S, keys)."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(B, S, D) -> (B, S, D); from backends that have them, the probabilities (B, H, S, keys); and, if a statistic
+        of their rows is asked for, that statistic (B, S), which is computed in the same way for every backend."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
         if self.qk_norm == "full":
@@ -137,6 +141,9 @@ class DynMoeAttention(nn.Module):
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        importance = None
+        if statistic is not None:
+            importance = row_statistics(query, key, self.scaling, visibility, statistic)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -151,4 +158,4 @@ class DynMoeAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), probs
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), probs, importance

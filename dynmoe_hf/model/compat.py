@@ -6,7 +6,12 @@
 
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ExpertsInterface
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.integrations.moe import _grouped_linear as grouped_linear
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,6 +31,8 @@ __all__ = [
     "create_causal_mask",
     "create_sliding_window_causal_mask",
     "dynamic_rope_update",
+    "find_packed_sequence_indices",
+    "grouped_linear",
     "merge_with_config_defaults",
     "use_experts_implementation",
 ]

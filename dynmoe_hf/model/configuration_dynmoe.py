@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .compat import ROPE_INIT_FUNCTIONS
-from .methods import RoutingSpec, check, default_slots, expand, with_own_slots
+from .methods import METHODS, RoutingSpec, check, default_slots, expand, with_own_slots
 from .routing import unknown_name
 
 POSITIVE = (
@@ -26,7 +26,21 @@ POSITIVE = (
     "max_position_embeddings",
     "num_experts",
 )
-RANGES = (("initializer_range", 0, inf), ("rms_norm_eps", 0, inf), ("attention_dropout", 0, 1))
+RANGES = (
+    ("initializer_range", 0, inf),
+    ("rms_norm_eps", 0, inf),
+    ("attention_dropout", 0, 1),
+    ("num_shared_experts", 0, inf),
+    ("routed_expert_weight", -inf, inf),
+    ("shared_expert_weight", -inf, inf),
+)
+# Fields whose default a method may set (`Method.fields`), with what holds for the others.
+METHOD_FIELDS = {
+    "num_shared_experts": 0,
+    "routed_expert_weight": 1.0,
+    "shared_expert_weight": 1.0,
+    "balance_normalize": False,
+}
 
 
 @strict
@@ -49,10 +63,15 @@ class DynMoeConfig(PreTrainedConfig):
         qk_norm: RMSNorm on queries and keys: `none`, `per_head` (Qwen3), or `full` width (OLMoE).
         sliding_window: tokens each token may attend to, itself included; None for all before it.
         layer_types: `full_attention` or `sliding_attention` for each layer; by default all slide if there is a window.
-        num_experts: E, routed experts of each MoE layer.
+        num_experts: E, routed experts of each MoE layer; in a `cartesian` layer, sub-experts of each bank.
         num_experts_per_tok: k of `top_k`, and the cap of selectors that choose the number themselves. None gives 2 to
             `top_k` and no cap (E) to the others.
         num_shared_experts: experts that every token uses; together one FFN of this many times `moe_intermediate_size`.
+            None gives 1 to the `cartesian` methods, which have one in each bank, and 0 to the others.
+        shared_expert_intermediate_size: width of that FFN; None for this many times `moe_intermediate_size`.
+        routed_expert_weight, shared_expert_weight: what the routed and the shared part are multiplied with before they
+            are added, where there are shared experts. None gives 0.5 to `rmoe` and 1 to the others.
+        moe_output_bias: add a bias (D,) to what the routed experts of a layer return.
         mlp_layer_types: `sparse` or `dense` for each layer; None makes every layer sparse.
         routing: a method name, or a dict that changes its parts (see methods.py); stored in expanded form.
         layer_routing: layer index -> changes to `routing` for that layer alone.
@@ -60,7 +79,8 @@ class DynMoeConfig(PreTrainedConfig):
         aux_reduction: how auxiliary losses are reduced over layers: `mean`, `sum`, or `pooled` (see losses.py).
         balance_scope: tokens that the load balance averages over before it multiplies: one `sequence`, or all tokens of
             one forward call (`micro`, the papers' form). Only `sequence` does not depend on how a batch is cut.
-        balance_normalize: divide usage by the mean number of experts, so that perfect balance costs 1.
+        balance_normalize: divide usage by the mean number of experts, so that perfect balance costs 1. None does so for
+            the `importance` methods only.
         output_router_logits: return the router logits of every layer, and the load-balance loss as `aux_loss`.
 
     Raises:
@@ -117,14 +137,18 @@ class DynMoeConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     num_experts: int = 8
     num_experts_per_tok: int | None = None
-    num_shared_experts: int = 0
+    num_shared_experts: int | None = None
+    shared_expert_intermediate_size: int | None = None
+    routed_expert_weight: float | int | None = None
+    shared_expert_weight: float | int | None = None
+    moe_output_bias: bool = False
     mlp_layer_types: list[str] | None = None
     routing: str | dict | None = None
     layer_routing: dict | None = None
     router_dtype: Literal["float32", "model"] = "float32"
     aux_reduction: Literal["mean", "sum", "pooled"] = "mean"
     balance_scope: Literal["sequence", "micro"] = "sequence"
-    balance_normalize: bool = False
+    balance_normalize: bool | None = None
     output_router_logits: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -148,6 +172,10 @@ class DynMoeConfig(PreTrainedConfig):
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         self.routing = expand(self.routing)
+        method = METHODS.get(self.routing["method"])
+        for name, default in METHOD_FIELDS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, method.fields.get(name, default) if method else default)
         if self.num_experts_per_tok is None:
             self.num_experts_per_tok = default_slots(self.routing, self.num_experts)
         self.layer_routing = {int(layer): changes for layer, changes in (self.layer_routing or {}).items()}
@@ -182,11 +210,11 @@ class DynMoeConfig(PreTrainedConfig):
         """
         before = (self.routing, self.layer_routing, self.num_experts_per_tok)
         if layers is not None:
-            changed = {layer: expand(changes, self.routing_for(layer)) for layer in layers}
+            changed = {layer: _change(self.routing_for(layer), changes) for layer in layers}
             self.layer_routing = {**(self.layer_routing or {}), **changed}
         else:
             old = expand(self.routing)
-            self.routing = expand(changes, old)
+            self.routing = _change(old, changes)
             if self.routing["selector"]["type"] != old["selector"]["type"] and not keep_slots:
                 self.num_experts_per_tok = default_slots(self.routing, self.num_experts)
         try:
@@ -245,8 +273,10 @@ class DynMoeConfig(PreTrainedConfig):
             if not lowest <= getattr(self, name) < highest:
                 raise ValueError(f"{name} must be at least {lowest} and below {highest}, got {getattr(self, name)}.")
         self._check_rope()
-        if self.num_shared_experts < 0:
-            raise ValueError(f"num_shared_experts must be 0 or more, got {self.num_shared_experts}.")
+        if self.shared_expert_intermediate_size is not None and self.shared_expert_intermediate_size < 1:
+            raise ValueError(
+                f"shared_expert_intermediate_size must be at least 1, got {self.shared_expert_intermediate_size}."
+            )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id={self.pad_token_id} is outside the vocabulary of {self.vocab_size} tokens.")
         self._check_layers("mlp_layer_types", ("sparse", "dense"))
@@ -260,9 +290,15 @@ class DynMoeConfig(PreTrainedConfig):
                 raise ValueError(f"layer_routing names layer {layer}, but there are {self.num_hidden_layers} layers.")
             if not self.is_sparse(layer):
                 raise ValueError(f"layer_routing names layer {layer}, which mlp_layer_types makes dense.")
-        for layer_idx in range(self.num_hidden_layers):
-            if self.is_sparse(layer_idx):
-                check(self.routing_for(layer_idx), self)
+        specs = [self.routing_for(layer) for layer in range(self.num_hidden_layers) if self.is_sparse(layer)]
+        for spec in specs:
+            check(spec, self)
+        for axis, type_name, shared in (("scorer", "recurrent", "cell"), ("controller", "budget", "controller")):
+            options = [spec[axis] for spec in specs if spec[axis]["type"] == type_name]
+            if any(other != options[0] for other in options):
+                raise ValueError(
+                    f"All layers with a {type_name} {axis} share one {shared}: give them the same options."
+                )
 
     def _check_rope(self) -> None:
         rope = self.rope_parameters
@@ -289,6 +325,21 @@ class DynMoeConfig(PreTrainedConfig):
         for value in values:
             if value not in accepted:
                 raise ValueError(f"{name} accepts {' and '.join(accepted)}, got {value!r}.")
+
+
+def _change(spec: RoutingSpec, changes: str | dict[str, Any]) -> RoutingSpec:
+    """A specification after some changes.
+
+    Raises:
+        ValueError: for a threshold that a controller would move on from, beside what `expand` refuses.
+    """
+    changed = expand(changes, spec)
+    if changed["controller"]["type"] == spec["controller"]["type"] == "budget":
+        if changed["selector"].get("p") != spec["selector"].get("p"):
+            raise ValueError(
+                "The controller moves the threshold p: to set it yourself, change controller to 'none' together with p."
+            )
+    return changed
 
 
 def _refuse_misspelt(config: PreTrainedConfig, extra: dict[str, Any]) -> None:

@@ -9,20 +9,33 @@ one:
 * padded: every token keeps its K slots and an unused one becomes expert 0 with weight 0. Shapes are static, as
   compilation needs them; the products of unused slots are paid for.
 
-Both give the same result.
+Both give the same result. An engine of ours knows nothing of what an expert is: the layout's `expert_ffn(linear, rows,
+activations)` writes its FFN down once, and the engine supplies `linear`, the product of rows with the weights of their
+experts. `activations` (T, K, r) is what low-rank experts have already computed when they chose (see
+low_rank_experts.py), None for all others.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .compat import ExpertsInterface
+from .compat import ExpertsInterface, grouped_linear
 from .routing import Routing
 
+Linear = Callable[[Tensor, Tensor], Tensor]  # rows (P, in) and weights (E, out, in) -> (P, out)
 
-def run_experts(experts: nn.Module, hidden_states: Tensor, routing: Routing, fills_every_slot: bool) -> Tensor:
+
+def run_experts(
+    experts: nn.Module,
+    hidden_states: Tensor,
+    routing: Routing,
+    fills_every_slot: bool,
+    activations: Tensor | None = None,
+) -> Tensor:
     """Weighted sum of the experts that every token uses, in the form that suits the moment.
 
     Args:
@@ -30,22 +43,31 @@ def run_experts(experts: nn.Module, hidden_states: Tensor, routing: Routing, fil
         hidden_states: (T, D).
         routing: weights in the dtype of `hidden_states`.
         fills_every_slot: no slot is unused, so the padded form wastes nothing.
+        activations: (T, E, r) of `experts.project`, if the experts were ranked by them.
 
     Returns:
         (T, D). Every expert parameter and every routing weight takes part in the graph, even if no pair is used.
     """
     if fills_every_slot or torch.compiler.is_compiling():
         if hidden_states.shape[0] > 0:
-            return run_padded(experts, hidden_states, routing)
-    return run_flat(experts, hidden_states, routing)
+            return run_padded(experts, hidden_states, routing, activations)
+    return run_flat(experts, hidden_states, routing, activations)
 
 
-def run_padded(experts: nn.Module, hidden_states: Tensor, routing: Routing) -> Tensor:
+def run_padded(
+    experts: nn.Module, hidden_states: Tensor, routing: Routing, activations: Tensor | None = None
+) -> Tensor:
     """One call with (T, K) slots; unused ones are expert 0 with weight 0."""
-    return experts(hidden_states, routing.expert_ids.masked_fill(~routing.used, 0), routing.weights)
+    expert_ids = routing.expert_ids.masked_fill(~routing.used, 0)
+    if activations is None:
+        return experts(hidden_states, expert_ids, routing.weights)
+    num_tokens, num_slots = expert_ids.shape
+    token = torch.arange(num_tokens, device=expert_ids.device).repeat_interleave(num_slots)
+    selected = experts.select(hidden_states, activations, token, expert_ids.flatten())
+    return experts(hidden_states, expert_ids, routing.weights, selected.unflatten(0, expert_ids.shape))
 
 
-def run_flat(experts: nn.Module, hidden_states: Tensor, routing: Routing) -> Tensor:
+def run_flat(experts: nn.Module, hidden_states: Tensor, routing: Routing, activations: Tensor | None = None) -> Tensor:
     """One call with (P, 1) slots, P = number of used pairs."""
     token, slot = routing.used.nonzero(as_tuple=True)  # (P,), ordered by token
     output = torch.zeros_like(hidden_states)
@@ -55,81 +77,135 @@ def run_flat(experts: nn.Module, hidden_states: Tensor, routing: Routing) -> Ten
         row = hidden_states.new_zeros(1, hidden_states.shape[-1])
         idle = experts(row, token.new_zeros(1, 1), row.new_zeros(1, 1))
         return output + 0.0 * (idle.sum() + routing.weights.sum())
-    expert_ids = routing.expert_ids[token, slot][:, None]
-    weights = routing.weights[token, slot][:, None]
-    return output.index_add(0, token, experts(hidden_states[token], expert_ids, weights))
+    expert_ids = routing.expert_ids[token, slot]
+    weights = routing.weights[token, slot]
+    pairs = (hidden_states[token], expert_ids[:, None], weights[:, None])
+    if activations is not None:
+        pairs += (experts.select(hidden_states, activations, token, expert_ids)[:, None],)
+    return output.index_add(0, token, experts(*pairs))
 
 
-def reference_experts(experts: nn.Module, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors in the dtype that autocast computes products in, where it is on."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def reference_experts(
+    experts: nn.Module, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, activations: Tensor | None = None
+) -> Tensor:
     """Every expert on every token, weighted by what the routing gives it: slow, and plain to see that it is right."""
     output = torch.zeros_like(hidden_states)
     for expert in range(experts.num_experts):
-        weight = (weights * (expert_ids == expert)).sum(-1, keepdim=True)  # (T, 1)
-        gate, up = F.linear(hidden_states, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-        expert_output = F.linear(experts.act_fn(gate) * up, experts.down_proj[expert])
-        output = output + weight * expert_output
+        chosen = expert_ids == expert  # (T, K)
+        own = None if activations is None else (activations * chosen[..., None]).sum(1)  # (T, r)
+        expert_output = experts.expert_ffn(partial(_one_expert, expert), hidden_states, own)
+        output = output + (weights * chosen).sum(-1, keepdim=True) * expert_output
     return output
 
 
-def ragged_experts(experts: nn.Module, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-    """Pairs sorted by expert once, one product per used expert and projection, and one autograd node for the layer."""
-    num_slots = expert_ids.shape[-1]
-    order = expert_ids.reshape(-1).argsort(stable=True)  # (P,) pairs by expert
-    counts = expert_ids.reshape(-1).bincount(minlength=experts.num_experts).tolist()[: experts.num_experts]
+def eager_experts(
+    experts: nn.Module, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, activations: Tensor | None = None
+) -> Tensor:
+    """One used expert after the other, on its tokens."""
+    output = torch.zeros_like(hidden_states)
+    for expert in expert_ids.unique().tolist():
+        if expert == experts.num_experts:  # how expert parallelism marks the experts of other processes
+            continue
+        token, slot = (expert_ids == expert).nonzero(as_tuple=True)
+        own = None if activations is None else activations[token, slot]
+        expert_output = experts.expert_ffn(partial(_one_expert, expert), hidden_states[token], own)
+        output = output.index_add(0, token, (expert_output * weights[token, slot, None]).to(output.dtype))
+    return output
+
+
+def _one_expert(expert: int, rows: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(rows, weight[expert])
+
+
+def ragged_experts(
+    experts: nn.Module, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, activations: Tensor | None = None
+) -> Tensor:
+    """Pairs sorted by expert once, and one product per used expert and projection."""
+    order = expert_ids.flatten().argsort(stable=True)  # (P,) pairs by expert
+    counts = expert_ids.flatten().bincount(minlength=experts.num_experts).tolist()[: experts.num_experts]
     order = order[: sum(counts)]  # expert parallelism gives the experts of other processes the id E
-    gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
-    dtype = hidden_states.dtype
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        compute_dtype = torch.get_autocast_dtype(hidden_states.device.type)
-        hidden_states, gate_up_proj, down_proj = (
-            tensor.to(compute_dtype) for tensor in (hidden_states, gate_up_proj, down_proj)
-        )
-    rows = order // num_slots  # (P,) token of each pair
-    pair_output = _RaggedSwiglu.apply(hidden_states[rows], gate_up_proj, down_proj, counts, experts.act_fn)
-    weighted = pair_output * weights.reshape(-1)[order][:, None]
-    return torch.zeros_like(hidden_states, dtype=weighted.dtype).index_add(0, rows, weighted).to(dtype)
+    linear = partial(_ragged_linear, counts)
+    return _on_sorted_pairs(experts, hidden_states, order, expert_ids, weights, activations, linear)
 
 
-class _RaggedSwiglu(torch.autograd.Function):
-    """`down(act(gate x) * up x)` on rows sorted by expert.
+def grouped_experts(
+    experts: nn.Module, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, activations: Tensor | None = None
+) -> Tensor:
+    """Pairs sorted by expert once, and transformers' grouped product: static shapes, which can be compiled."""
+    flat = expert_ids.flatten()
+    order = flat.argsort(stable=True)
+    # The last pairs may belong to expert E; they are computed with the last expert and cleared.
+    counts = F.one_hot(flat, experts.num_experts + 1).sum(0)[: experts.num_experts]
+    offsets = counts.cumsum(0)
+    offsets[-1] = flat.shape[0]
+    weights = weights.masked_fill(expert_ids == experts.num_experts, 0.0)
+    linear = partial(_grouped_linear, offsets.to(torch.int32))
+    return _on_sorted_pairs(experts, hidden_states, order, expert_ids, weights, activations, linear)
+
+
+def _on_sorted_pairs(
+    experts: nn.Module,
+    hidden_states: Tensor,
+    order: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    activations: Tensor | None,
+    linear: Linear,
+) -> Tensor:
+    """Gather the pairs in this order, apply their experts, weight the results and add them up by token."""
+    rows = order // expert_ids.shape[-1]  # (P,) token of each pair
+    own = None if activations is None else activations.flatten(0, 1)[order]
+    pair_output = experts.expert_ffn(linear, hidden_states[rows], own)
+    weighted = pair_output * weights.flatten()[order][:, None]
+    output = torch.zeros_like(hidden_states, dtype=weighted.dtype).index_add(0, rows, weighted)
+    return output.to(hidden_states.dtype)
+
+
+def _grouped_linear(offsets: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    rows, weight = cast_for_autocast(rows, weight)
+    return grouped_linear(rows, weight, offsets)
+
+
+def _ragged_linear(counts: list[int], rows: Tensor, weight: Tensor) -> Tensor:
+    rows, weight = cast_for_autocast(rows, weight)
+    return _RaggedLinear.apply(rows, weight, counts)
+
+
+class _RaggedLinear(torch.autograd.Function):
+    """Rows sorted by expert times the weights of their experts, (P, in) -> (P, out).
 
     Indexing `weight[e]` under autograd would allocate a gradient of the whole (E, ...) tensor for every expert; here
     each expert's gradient is written into its slice of one.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts: list[int], act: Any) -> Tensor:
-        gate_up = rows.new_empty(rows.shape[0], gate_up_proj.shape[1])  # (P, 2I)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        output = rows.new_empty(rows.shape[0], weight.shape[1])
         for expert, part in _slices(counts):
-            torch.mm(rows[part], gate_up_proj[expert].t(), out=gate_up[part])
-        hidden = _gated(gate_up, act)  # (P, I)
-        output = rows.new_empty(rows.shape[0], down_proj.shape[1])
-        for expert, part in _slices(counts):
-            torch.mm(hidden[part], down_proj[expert].t(), out=output[part])
-        ctx.save_for_backward(rows, gate_up_proj, down_proj, gate_up)
-        ctx.counts, ctx.act = counts, act
+            torch.mm(rows[part], weight[expert].t(), out=output[part])
+        ctx.save_for_backward(rows, weight)
+        ctx.counts = counts
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("The engine 'ragged' has no second derivatives: use experts_implementation='eager'.")
-        rows, gate_up_proj, down_proj, gate_up = ctx.saved_tensors
-        with torch.enable_grad():
-            gate_up = gate_up.detach().requires_grad_()
-            hidden = _gated(gate_up, ctx.act)
-        grad_hidden = torch.empty_like(hidden)
-        grad_down = torch.zeros_like(down_proj)
+        rows, weight = ctx.saved_tensors
+        grad_rows, grad_weight = torch.empty_like(rows), torch.zeros_like(weight)
         for expert, part in _slices(ctx.counts):
-            torch.mm(grad_output[part], down_proj[expert], out=grad_hidden[part])
-            torch.mm(grad_output[part].t(), hidden.detach()[part], out=grad_down[expert])
-        (grad_gate_up,) = torch.autograd.grad(hidden, gate_up, grad_hidden)
-        grad_rows = torch.empty_like(rows)
-        grad_in = torch.zeros_like(gate_up_proj)
-        for expert, part in _slices(ctx.counts):
-            torch.mm(grad_gate_up[part], gate_up_proj[expert], out=grad_rows[part])
-            torch.mm(grad_gate_up[part].t(), rows[part], out=grad_in[expert])
-        return grad_rows, grad_in, grad_down, None, None
+            torch.mm(grad_output[part], weight[expert], out=grad_rows[part])
+            torch.mm(grad_output[part].t(), rows[part], out=grad_weight[expert])
+        return grad_rows, grad_weight, None
 
 
 def _slices(counts: list[int]) -> list[tuple[int, slice]]:
@@ -142,11 +218,7 @@ def _slices(counts: list[int]) -> list[tuple[int, slice]]:
     return slices
 
 
-def _gated(gate_up: Tensor, act: Any) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return act(gate) * up
-
-
-ENGINES = {"reference": reference_experts, "ragged": ragged_experts}
-for _name, _engine in ENGINES.items():
-    ExpertsInterface.register(_name, _engine)
+ENGINES = {"reference": reference_experts, "eager": eager_experts, "ragged": ragged_experts}
+# transformers keeps the name `eager` for the forward that the experts class itself defines.
+for _name in ("reference", "ragged"):
+    ExpertsInterface.register(_name, ENGINES[_name])

@@ -10,7 +10,8 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .routing import Routing, RoutingContext
+from .routing import Routing, RoutingContext, unknown_name
+from .row_statistics import STATISTICS
 
 
 class Selector(nn.Module):
@@ -23,6 +24,9 @@ class Selector(nn.Module):
     Options: type
     slots_option: str
     fills_every_slot = False  # True when no slot of a real token is ever unused
+    statistic: str | None = None  # the row statistic of attention that `context.importance` must hold
+    has_threshold = False  # True if a controller may move its threshold, see `control`
+    controlled = False
 
     def __init__(self, options: Any, config: Any) -> None:
         super().__init__()
@@ -55,6 +59,12 @@ class Selector(nn.Module):
     def init_weights(self, std: float) -> None:
         """Fill every parameter and buffer; most selectors have none."""
 
+    def control(self, initial: float) -> None:
+        """Let a controller move the threshold of this selector, which starts at `initial`."""
+        self.controlled = True
+        self.initial_threshold = initial
+        self.threshold = nn.Buffer(torch.tensor(initial, dtype=torch.float32))
+
 
 @strict
 @dataclass
@@ -70,6 +80,8 @@ class TopKOptions:
             a group is ranked by the sum of its two best experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
         top_groups: groups that a token may choose from, 1 ... num_groups.
         bias: add a buffer `selection_bias` (E,) to the scores for ranking only, never to the weights.
+        disable_top1: in evaluation, choose from all experts but the best one: a test of how well others replace it
+            (CartesianMoE, Su et al. 2024, arXiv 2410.16077).
     """
 
     k: int | None = None
@@ -79,6 +91,7 @@ class TopKOptions:
     num_groups: int = 1
     top_groups: int = 1
     bias: bool = False
+    disable_top1: bool = False
 
     def __post_init__(self) -> None:
         if self.num_groups < 1 or not 1 <= self.top_groups <= self.num_groups:
@@ -110,10 +123,11 @@ class TopK(Selector):
         slots = super().count_slots(options, config)
         if config.num_experts % options.num_groups:
             raise ValueError(f"num_groups={options.num_groups} must divide num_experts={config.num_experts}.")
-        reachable = options.top_groups * (config.num_experts // options.num_groups)
+        reachable = options.top_groups * (config.num_experts // options.num_groups) - options.disable_top1
         if slots > reachable:
             raise ValueError(
-                f"k={slots} is more than the {reachable} experts in top_groups={options.top_groups} groups."
+                f"k={slots} is more than the {reachable} experts that top_groups={options.top_groups} and "
+                f"disable_top1={options.disable_top1} leave to choose from."
             )
         return slots
 
@@ -126,6 +140,9 @@ class TopK(Selector):
         ranking = scores + self.selection_bias.to(scores.dtype) if self.options.bias else scores
         if self.options.num_groups > 1:
             ranking = self._within_best_groups(ranking)
+        if self.options.disable_top1 and not self.training:
+            best = ranking.sort(dim=-1, descending=True, stable=True).indices[:, :1]
+            ranking = ranking.scatter(1, best, -torch.inf)
         order = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : self.num_slots]  # (T, K)
         weights = scores.gather(-1, order)
         if self.options.norm_topk_prob:
@@ -151,20 +168,43 @@ class TopPOptions:
     """Options of `top_p`.
 
     Args:
-        p: probability mass, >= 0, that the kept experts must exceed; 1 or more keeps every expert.
+        p: probability mass, >= 0, that the kept experts must exceed; 1 or more keeps every expert. Where a controller
+            moves the threshold, its start; None there takes the one that suits the target (see controllers.py).
         max_experts: cap on the experts of one token, 1 ... E, the most probable first; None follows the config's
             `num_experts_per_tok`, which is E (no cap) unless it was given.
         norm_topk_prob: divide the kept weights by their sum. The paper does not: then a dropped expert, and a token
             with a single expert, still train the router.
+        standardize: bring the logits of each token to mean 0 and variance 1 over the experts, and multiply them with a
+            scale of the layer that is learnt (see `LogitNorm`).
     """
 
-    p: float | int = 0.4
+    p: float | int | None = 0.4
     max_experts: int | None = None
     norm_topk_prob: bool = False
+    standardize: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p < inf:
+        if self.p is not None and not 0 <= self.p < inf:
             raise ValueError(f"p must be a finite number >= 0, got {self.p}.")
+
+
+class LogitNorm(nn.Module):
+    """Logits of a token with mean 0 and variance 1 over the experts, times a learnt scale `theta`.
+
+    DTop-p (Jin et al. 2025, arXiv 2512.13996). The statistics are those of one token, so that routing stays causal and
+    does not depend on the batch. The name keeps the Trainer from applying weight decay.
+    """
+
+    SMALLEST_SCALE = 1e-3  # a scale below 0 would turn the order of the experts round
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.ones(1))  # FSDP refuses parameters without a dimension
+
+    def forward(self, logits: Tensor) -> Tensor:
+        centred = logits - logits.mean(-1, keepdim=True)
+        scale = self.theta.to(logits.dtype).clamp_min(self.SMALLEST_SCALE)
+        return scale * centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
 
 
 class TopP(Selector):
@@ -176,19 +216,121 @@ class TopP(Selector):
 
     Options = TopPOptions
     slots_option = "max_experts"
+    has_threshold = True
+
+    def __init__(self, options: TopPOptions, config: Any) -> None:
+        super().__init__(options, config)
+        self.logit_norm = LogitNorm() if options.standardize else None
+
+    @classmethod
+    def count_slots(cls, options: TopPOptions, config: Any) -> int:
+        if options.standardize and config.num_experts < 3:
+            raise ValueError(
+                "standardize needs num_experts of 3 or more: with fewer, every token's standardised logits are the same "
+                "numbers."
+            )
+        return super().count_slots(options, config)
 
     def forward(self, logits: Tensor, context: RoutingContext) -> Routing:
-        probs = logits.softmax(-1)
+        probs = (logits if self.logit_norm is None else self.logit_norm(logits)).softmax(-1)
         sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
         mass = sorted_probs.cumsum(-1)
         keep = torch.ones_like(mass, dtype=torch.bool)
         # Rounding may carry the sum past 1, and p = 1 keeps every expert.
-        keep[:, 1:] = mass[:, :-1].clamp_max(1.0) <= self.options.p
-        keep, order = keep[:, : self.num_slots], order[:, : self.num_slots]
-        weights = sorted_probs[:, : self.num_slots].masked_fill(~keep, 0.0)
-        if self.options.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return Routing(order.masked_fill(~keep, logits.shape[-1]), weights, logits, probs)
+        keep[:, 1:] = mass[:, :-1].clamp_max(1.0) <= (self.threshold if self.controlled else self.options.p)
+        return keep_slots(logits, probs, sorted_probs, order, keep, self.num_slots, self.options.norm_topk_prob)
+
+    def init_weights(self, std: float) -> None:
+        if self.logit_norm is not None:
+            init.ones_(self.logit_norm.theta)
+        if self.controlled:
+            init.constant_(self.threshold, self.initial_threshold)
 
 
-SELECTORS: dict[str, type[Selector]] = {"top_k": TopK, "top_p": TopP}
+def keep_slots(
+    logits: Tensor, probs: Tensor, sorted_probs: Tensor, order: Tensor, keep: Tensor, num_slots: int, normalize: bool
+) -> Routing:
+    """The Routing in which a token keeps those of its experts, sorted by falling probability, that `keep` (T, E) marks."""
+    keep, order = keep[:, :num_slots], order[:, :num_slots]
+    weights = sorted_probs[:, :num_slots].masked_fill(~keep, 0.0)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return Routing(order.masked_fill(~keep, logits.shape[-1]), weights, logits, probs)
+
+
+@strict
+@dataclass
+class ImportanceOptions:
+    """Options of `importance`.
+
+    Args:
+        statistic: what of the token's attention is its importance, a mean over the heads (see row_statistics.py):
+            `row_max`, its largest weight; `row_max_norm`, the same without the bias of short rows; `row_max_nosink`,
+            without the first token it sees; `row_entropy`; `self`, its weight on itself.
+        scale: factor on the importance, above 0.
+        k_min: fewest experts of one token, 1 ... k_max.
+        k_max: most experts of one token, 1 ... E; None follows the config's `num_experts_per_tok`, which is E unless it
+            was given.
+        ceil_eps: subtracted before rounding up, so that rounding errors do not add an expert to exact multiples.
+        norm_topk_prob: divide the kept weights by their sum.
+    """
+
+    statistic: str = "row_max"
+    scale: float | int = 1.0
+    k_min: int = 1
+    k_max: int | None = None
+    ceil_eps: float = 1e-4
+    norm_topk_prob: bool = False
+
+    def __post_init__(self) -> None:
+        if self.statistic.startswith("col"):
+            raise ValueError(
+                f"statistic {self.statistic!r} is refused in a decoder: the attention that a token receives comes from "
+                "tokens after it, so training would see the future and decoding could not."
+            )
+        if self.statistic not in STATISTICS:
+            raise ValueError(unknown_name("statistic", self.statistic, STATISTICS))
+        if not 0 < self.scale < inf:
+            raise ValueError(f"scale must be a finite number above 0, got {self.scale}.")
+        if self.k_min < 1:
+            raise ValueError(f"k_min must be at least 1, got {self.k_min}.")
+        if not 0 <= self.ceil_eps < 1:
+            raise ValueError(f"ceil_eps must be at least 0 and below 1, got {self.ceil_eps}.")
+
+
+class Importance(Selector):
+    """More experts for tokens whose attention is sharp: `k_t = ceil(scale * importance_t * E)`, within k_min ... k_max.
+
+    DA-MoE (Aghdam et al. 2024, arXiv 2409.06669). The importance is read from the token's own row of attention weights,
+    which exists when the token is processed and never changes. It has no gradient: the router learns through the
+    weights alone, the softmax over all experts. Ties go to the lower index.
+    """
+
+    Options = ImportanceOptions
+    slots_option = "k_max"
+
+    def __init__(self, options: ImportanceOptions, config: Any) -> None:
+        super().__init__(options, config)
+        self.statistic = options.statistic
+
+    @classmethod
+    def count_slots(cls, options: ImportanceOptions, config: Any) -> int:
+        slots = super().count_slots(options, config)
+        if options.k_min > slots:
+            raise ValueError(f"k_min={options.k_min} must not exceed the most experts of a token, {slots}.")
+        return slots
+
+    def num_wanted(self, importance: Tensor, num_experts: int) -> Tensor:
+        """(T,) int64 experts of each token, k_min ... k_max."""
+        wanted = torch.ceil(self.options.scale * importance * num_experts - self.options.ceil_eps)
+        return wanted.clamp(self.options.k_min, self.num_slots).to(torch.int64)
+
+    def forward(self, logits: Tensor, context: RoutingContext) -> Routing:
+        probs = logits.softmax(-1)
+        sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(logits.shape[-1], device=logits.device)
+        keep = rank < self.num_wanted(context.importance, logits.shape[-1])[:, None]
+        return keep_slots(logits, probs, sorted_probs, order, keep, self.num_slots, self.options.norm_topk_prob)
+
+
+SELECTORS: dict[str, type[Selector]] = {"top_k": TopK, "top_p": TopP, "importance": Importance}

@@ -145,13 +145,16 @@ def auxiliary_losses(
     scope: BalanceScope = "sequence",
     normalize: bool = False,
     reduction: AuxReduction = "mean",
+    layer_ids: Sequence[int] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """All auxiliary losses of a model.
 
     Args:
-        routings: one Routing a MoE layer.
-        coefficients: for each of these layers, loss name -> coefficient; a loss with coefficient 0 is not computed.
+        routings: one Routing a router.
+        coefficients: for each of these routers, loss name -> coefficient; a loss with coefficient 0 is not computed.
         reduction: over layers. `mean`; `sum`; `pooled` as `mean`, with the load balance pooled (see `load_balance`).
+        layer_ids: the layer of each router, by default one each. Routers of one layer are added before any mean, so
+            that each of them feels the pressure that it would feel alone.
 
     Returns:
         The losses by name, each reduced over the layers that have it and without its coefficient, and their weighted
@@ -159,14 +162,16 @@ def auxiliary_losses(
     """
     device = weights.real.device
     routings = [Routing(*(None if part is None else part.to(device) for part in routing)) for routing in routings]
+    layer_ids = range(len(routings)) if layer_ids is None else layer_ids
     losses: dict[str, Tensor] = {}
     total = torch.zeros((), dtype=torch.float32, device=device)
     for name in LOSSES:
-        layers = [layer for layer, values in enumerate(coefficients) if values.get(name)]
-        if not layers:
+        routers = [router for router, values in enumerate(coefficients) if values.get(name)]
+        if not routers:
             continue
-        active = [routings[layer] for layer in layers]
-        factors = torch.tensor([float(coefficients[layer][name]) for layer in layers], device=device)
+        active = [routings[router] for router in routers]
+        num_layers = len({layer_ids[router] for router in routers})
+        factors = torch.tensor([float(coefficients[router][name]) for router in routers], device=device)
         if name == "load_balance":
             values = load_balance(active, weights, scope, normalize, pooled=reduction == "pooled")
         else:
@@ -174,6 +179,7 @@ def auxiliary_losses(
         if reduction == "sum":
             losses[name], term = values.sum(), (factors * values).sum()
         else:
-            losses[name], term = values.mean(), (factors * values).sum() / len(routings)
+            losses[name] = values.mean() * (len(routers) / num_layers)
+            term = (factors * values).sum() / len(set(layer_ids))
         total = total + term
     return losses, total

@@ -1,20 +1,22 @@
 # Copyright 2026 The dynmoe_hf developers. Licensed under the Apache License, Version 2.0.
-"""Routing methods: presets over the three axes, and the expansion of what a user writes into what is stored.
+"""Routing methods: presets over the three axes and what stands beside them, and the expansion of what a user writes into what is stored.
 
 A full specification is a plain dict, ready for JSON:
 
     {"method": "top_p",
      "scorer": {"type": "linear"},
-     "selector": {"type": "top_p", "p": 0.4, "max_experts": None, "norm_topk_prob": False},
+     "selector": {"type": "top_p", "p": 0.4, "max_experts": None, "norm_topk_prob": False, "standardize": False},
      "experts": {"type": "swiglu"},
+     "controller": {"type": "none"},
      "losses": {"load_balance": 0.01, "dynamic": 0.0001, "router_z": 0.0}}
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
+from .controllers import CONTROLLERS, gaussian_threshold
 from .expert_layouts import EXPERTS
 from .expert_selectors import SELECTORS
 from .losses import LOSSES
@@ -23,41 +25,157 @@ from .scorers import SCORERS
 
 RoutingSpec = dict[str, Any]
 
-PARTS: dict[str, Mapping[str, type]] = {"scorer": SCORERS, "selector": SELECTORS, "experts": EXPERTS}
+PARTS: dict[str, Mapping[str, type]] = {
+    "scorer": SCORERS,
+    "selector": SELECTORS,
+    "experts": EXPERTS,
+    "controller": CONTROLLERS,
+}
 AXES = tuple(PARTS)
+NO_PART = {"type": "none"}  # only an axis that a specification may leave out knows this type
 CUSTOM = "custom"  # the stored name of a combination that is no preset
 DEFAULT_METHOD = "top_k"
 
 
 @dataclass(frozen=True)
 class Method:
-    """A preset: the parts that make a paper."""
+    """A preset: the parts that make a paper.
+
+    Args:
+        title: what it does, in one line.
+        paper: where it comes from.
+        parts: scorer, selector, experts and losses, and the controller if there is one.
+        fields: the method's own defaults of configuration fields whose default is None.
+        page: its page in docs/methods, by default its name.
+    """
 
     title: str
     paper: str
     parts: Mapping[str, Any]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    page: str | None = None
 
+
+LINEAR, SWIGLU = {"type": "linear"}, {"type": "swiglu"}
+BALANCE = {"load_balance": 1e-2}
 
 METHODS: dict[str, Method] = {
     "top_k": Method(
         title="The k most probable experts for every token",
         paper="Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2021, arXiv 2101.03961 (loss)",
-        parts={
-            "scorer": {"type": "linear"},
-            "selector": {"type": "top_k"},
-            "experts": {"type": "swiglu"},
-            "losses": {"load_balance": 1e-2},
-        },
+        parts={"scorer": LINEAR, "selector": {"type": "top_k"}, "experts": SWIGLU, "losses": BALANCE},
     ),
     "top_p": Method(
         title="As many experts as it takes for their summed probability to exceed p",
         paper="Huang et al. 2024, Harder Tasks Need More Experts, arXiv 2403.07652",
         parts={
-            "scorer": {"type": "linear"},
+            "scorer": LINEAR,
             "selector": {"type": "top_p", "p": 0.4},
-            "experts": {"type": "swiglu"},
+            "experts": SWIGLU,
             "losses": {"load_balance": 1e-2, "dynamic": 1e-4},
         },
+    ),
+    "rmoe": Method(
+        title="Routers of all layers joined by a recurrent state",
+        paper="Qiu et al. 2024, Layerwise Recurrent Router for Mixture-of-Experts, arXiv 2408.06793",
+        parts={"scorer": {"type": "recurrent"}, "selector": {"type": "top_k"}, "experts": SWIGLU, "losses": BALANCE},
+        fields={"routed_expert_weight": 0.5, "shared_expert_weight": 0.5},
+    ),
+    "aoe": Method(
+        title="Experts rank themselves by the norm of their own activation",
+        paper="Lv et al. 2025, Autonomy-of-Experts Models, arXiv 2501.13074",
+        parts={
+            "scorer": {"type": "activation_norm"},
+            "selector": {"type": "top_k"},
+            "experts": {"type": "low_rank"},
+            "losses": BALANCE,
+        },
+    ),
+    "cartesian": Method(
+        title="Two banks of sub-experts in sequence, whose pairs are the experts",
+        paper="Su et al. 2024, CartesianMoE, arXiv 2410.16077",
+        parts={
+            "scorer": LINEAR,
+            "selector": {"type": "top_k", "norm_topk_prob": False},
+            "experts": {"type": "cartesian"},
+            "losses": BALANCE,
+        },
+        fields={"num_shared_experts": 1},
+    ),
+    "da_moe": Method(
+        title="More experts for tokens whose attention is sharp",
+        paper="Aghdam et al. 2024, DA-MoE, arXiv 2409.06669",
+        parts={"scorer": LINEAR, "selector": {"type": "importance"}, "experts": SWIGLU, "losses": BALANCE},
+        fields={"balance_normalize": True},
+    ),
+    "dtop_p": Method(
+        title="top_p whose threshold a controller moves to meet a number of experts per token",
+        paper="Jin et al. 2025, DTop-p MoE, arXiv 2512.13996",
+        parts={
+            "scorer": LINEAR,
+            "selector": {"type": "top_p", "p": None, "norm_topk_prob": True, "standardize": True},
+            "experts": SWIGLU,
+            "controller": {"type": "budget"},
+            "losses": {"load_balance": 1e-4, "dynamic": 1e-3},
+        },
+    ),
+    "rmoe_top_p": Method(
+        title="Recurrent routers that choose by top_p",
+        paper="none; arXiv 2408.06793 with arXiv 2403.07652",
+        parts={
+            "scorer": {"type": "recurrent", "init": "uniform"},
+            "selector": {"type": "top_p", "p": 0.4},
+            "experts": SWIGLU,
+            "losses": {"load_balance": 1e-2, "dynamic": 1e-4},
+        },
+        page="combinations",
+    ),
+    "aoe_top_p": Method(
+        title="Experts that rank themselves, chosen by top_p",
+        paper="Lv et al. 2025, arXiv 2501.13074, has it as a variant; arXiv 2403.07652",
+        parts={
+            "scorer": {"type": "activation_norm"},
+            "selector": {"type": "top_p", "p": 0.6},
+            "experts": {"type": "low_rank"},
+            "losses": {"load_balance": 1e-2, "dynamic": 1e-4},
+        },
+        page="combinations",
+    ),
+    "rmoe_cartesian": Method(
+        title="One recurrent chain through both banks of every layer",
+        paper="none; arXiv 2408.06793 with arXiv 2410.16077",
+        parts={
+            "scorer": {"type": "recurrent", "init": "uniform"},
+            "selector": {"type": "top_k", "norm_topk_prob": False},
+            "experts": {"type": "cartesian"},
+            "losses": BALANCE,
+        },
+        fields={"num_shared_experts": 1},
+        page="combinations",
+    ),
+    "cartesian_top_p": Method(
+        title="Two banks of sub-experts, in each as many as top_p keeps",
+        paper="none; arXiv 2410.16077 with arXiv 2403.07652",
+        parts={
+            "scorer": LINEAR,
+            "selector": {"type": "top_p", "p": 0.4},
+            "experts": {"type": "cartesian"},
+            "losses": {"load_balance": 1e-2, "dynamic": 1e-4},
+        },
+        fields={"num_shared_experts": 1},
+        page="combinations",
+    ),
+    "rmoe_da_moe": Method(
+        title="Recurrent routers; attention decides how many experts",
+        paper="none; arXiv 2408.06793 with arXiv 2409.06669",
+        parts={
+            "scorer": {"type": "recurrent", "init": "uniform"},
+            "selector": {"type": "importance"},
+            "experts": SWIGLU,
+            "losses": BALANCE,
+        },
+        fields={"balance_normalize": True},
+        page="combinations",
     ),
 }
 
@@ -85,8 +203,8 @@ def expand(routing: str | Mapping[str, Any] | None, base: RoutingSpec | None = N
     """Expand what a user wrote into a full specification.
 
     Args:
-        routing: the name of a method; or a dict with any of `method`, `scorer`, `selector`, `experts`, `losses`. A part
-            is a dict, or a string for its type alone. None gives `base`.
+        routing: the name of a method; or a dict with any of `method`, `scorer`, `selector`, `experts`, `controller`,
+            `losses`. A part is a dict, or a string for its type alone. None gives `base`.
         base: the full specification that the dict changes when it names no method; without one, `top_k`.
 
     A part given without a type, or with the type it has already, changes single keys; another type starts from that
@@ -103,14 +221,16 @@ def expand(routing: str | Mapping[str, Any] | None, base: RoutingSpec | None = N
             raise ValueError(unknown_name("key in routing:", key, ("method", "losses", *AXES)))
     method = changes.get("method")
     if _names_every_part(changes):
-        start: RoutingSpec = {axis: {"type": changes[axis]["type"]} for axis in AXES} | {"losses": {}}
+        start: RoutingSpec = {axis: {"type": changes[axis]["type"]} for axis in AXES if axis in changes} | {
+            "losses": {}
+        }
     elif method is None or method == CUSTOM:
         start = expand(DEFAULT_METHOD) if base is None else base
     elif isinstance(method, str) and method in METHODS:
         start = dict(METHODS[method].parts)
     else:
         raise ValueError(unknown_name("routing method", method, METHODS))
-    spec: RoutingSpec = {axis: _expand_part(axis, start[axis], changes.get(axis)) for axis in AXES}
+    spec: RoutingSpec = {axis: _expand_part(axis, start.get(axis, NO_PART), changes.get(axis)) for axis in AXES}
     spec["losses"] = _expand_losses(start["losses"], changes.get("losses"))
     return {"method": _method_of(spec, method or start.get("method")), **spec}
 
@@ -118,7 +238,7 @@ def expand(routing: str | Mapping[str, Any] | None, base: RoutingSpec | None = N
 def _names_every_part(changes: Mapping[str, Any]) -> bool:
     """A specification that was expanded before stands for itself, whatever its method's preset says today."""
     return "losses" in changes and all(
-        isinstance(changes.get(axis), Mapping) and "type" in changes[axis] for axis in AXES
+        isinstance(changes.get(axis), Mapping) and "type" in changes[axis] for axis in AXES if "none" not in PARTS[axis]
     )
 
 
@@ -149,7 +269,7 @@ def _method_of(spec: RoutingSpec, named: str | None) -> str:
     """The preset whose parts these are: the one that was named if it fits, else the first that does."""
     candidates = ([named] if named in METHODS else []) + list(METHODS)
     for name in candidates:
-        if all(METHODS[name].parts[axis]["type"] == spec[axis]["type"] for axis in AXES):
+        if all(METHODS[name].parts.get(axis, NO_PART)["type"] == spec[axis]["type"] for axis in AXES):
             return name
     return CUSTOM
 
@@ -167,6 +287,34 @@ def with_own_slots(spec: RoutingSpec, base: RoutingSpec, num_experts: int) -> Ro
     return {**spec, "selector": {**spec["selector"], option: default_slots(spec, num_experts)}}
 
 
+def bank_spec(spec: RoutingSpec, bank: int | None) -> RoutingSpec:
+    """The specification of one router and its experts: `spec` itself, or that of bank 0 or 1 of a cartesian layer."""
+    if bank is None:
+        return spec
+    experts = spec["experts"]
+    changes = experts["second_selector"] if bank == 1 else {}
+    return {**spec, "selector": {**spec["selector"], **changes}, "experts": experts["bank"]}
+
+
+def banks(spec: RoutingSpec) -> list[RoutingSpec]:
+    """The specification of every router of a layer, in the order in which they run."""
+    if spec["experts"]["type"] != "cartesian":
+        return [spec]
+    return [bank_spec(spec, bank) for bank in (0, 1)]
+
+
+def num_choices(spec: RoutingSpec, config: Any) -> int:
+    """Experts that a layer composes: E, or E * E pairs."""
+    return config.num_experts ** len(banks(spec))
+
+
+def initial_threshold(spec: RoutingSpec, config: Any) -> float:
+    """Where a controlled threshold starts: `p`, or where each router would use its share of the target."""
+    if spec["selector"]["p"] is not None:
+        return float(spec["selector"]["p"])
+    return gaussian_threshold(config.num_experts, spec["controller"]["target"] ** (1 / len(banks(spec))))
+
+
 def check(spec: RoutingSpec, config: Any) -> None:
     """Refuse a full specification that cannot work with the numbers of a config.
 
@@ -175,4 +323,31 @@ def check(spec: RoutingSpec, config: Any) -> None:
     """
     for axis in AXES:
         part_options(axis, spec[axis])
-    SELECTORS[spec["selector"]["type"]].count_slots(part_options("selector", spec["selector"]), config)
+    routers = banks(spec)
+    for router in routers:
+        _check_router(router, config)
+    if len({router["selector"].get("statistic") for router in routers}) > 1:
+        raise ValueError("second_selector cannot have another statistic: attention measures one for the whole layer.")
+
+
+def _check_router(spec: RoutingSpec, config: Any) -> None:
+    scorer, selector = SCORERS[spec["scorer"]["type"]], SELECTORS[spec["selector"]["type"]]
+    selector_options = part_options("selector", spec["selector"])
+    selector.count_slots(selector_options, config)
+    experts = part_options("experts", spec["experts"])
+    if spec["experts"]["type"] == "low_rank":
+        experts.width_for(config)
+        experts.rank_for(config)
+    elif scorer.reads_norms:
+        raise ValueError(
+            f"The scorer {spec['scorer']['type']!r} ranks experts by their low-rank activation, which "
+            f"{spec['experts']['type']!r} experts do not have: give experts 'low_rank', or a cartesian bank of them."
+        )
+    controlled = spec["controller"]["type"] != "none"
+    if controlled and not selector.has_threshold:
+        raise ValueError(
+            f"The controller {spec['controller']['type']!r} moves a threshold, and the selector "
+            f"{spec['selector']['type']!r} has none."
+        )
+    if not controlled and selector.has_threshold and selector_options.p is None:
+        raise ValueError("selector.p is None, which only a controller can set: give p a number.")

@@ -6,19 +6,16 @@ them, the fields of its Routing; nothing in a layer is changed by a forward pass
 the heads turn them into auxiliary losses, outside the code that activation checkpointing may run twice.
 """
 
-import contextlib
-import copy
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .attention import DynMoeAttention, DynMoeRMSNorm, DynMoeRotaryEmbedding
+from .blocks import DynMoeBlock, DynMoeCartesianBlock, DynMoeMLP
 from .compat import (
     GradientCheckpointingLayer,
     OutputRecorder,
@@ -30,13 +27,17 @@ from .compat import (
     use_experts_implementation,
 )
 from .configuration_dynmoe import DynMoeConfig
-from .dispatch import run_experts
-from .expert_selectors import SELECTORS, Selector
+from .controllers import BudgetController
+from .dispatch import Linear, eager_experts
+from .expert_selectors import Selector
 from .losses import TokenWeights, auxiliary_losses
+from .low_rank_experts import LowRankExperts
 from .methods import RoutingSpec, part_options
 from .outputs import DynMoeCausalLMOutput, DynMoeModelOutput, DynMoeQuestionAnsweringOutput
 from .routing import Routing, RoutingContext, real_tokens
-from .scorers import SCORERS, Scorer
+from .routing_changes import RoutingChanges, build_controller, count_for_controller
+from .row_statistics import Visibility
+from .scorers import SCORERS, RecurrentCore, Scorer
 
 AUTO_MAP = {
     "AutoConfig": "configuration_dynmoe.DynMoeConfig",
@@ -46,20 +47,6 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_dynmoe.DynMoeForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_dynmoe.DynMoeForQuestionAnswering",
 }
-
-
-class DynMoeMLP(nn.Module):
-    """`down(act(gate x) * up x)`: the FFN of dense layers and of the shared experts."""
-
-    def __init__(self, config: DynMoeConfig, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 @use_experts_implementation
@@ -76,69 +63,35 @@ class DynMoeExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, D), expert ids (T, K) below E, weights (T, K) -> weighted sums (T, D)."""
-        output = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert == self.num_experts:  # how expert parallelism marks the experts of other processes
-                continue
-            token, slot = (top_k_index == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            weighted = expert_output * top_k_weights[token, slot, None]
-            output = output.index_add(0, token, weighted.to(output.dtype))
-        return output
+        return eager_experts(self, hidden_states, top_k_index, top_k_weights)
+
+    def expert_ffn(self, linear: Linear, rows: Tensor, activations: None = None) -> Tensor:
+        """The experts' FFN of rows (P, D); `linear` multiplies each row with the weights of its expert."""
+        gate, up = linear(rows, self.gate_up_proj).chunk(2, dim=-1)
+        return linear(self.act_fn(gate) * up, self.down_proj)
+
+    def init_weights(self, std: float) -> None:
+        """Fill every parameter."""
+        init.normal_(self.gate_up_proj, mean=0.0, std=std)
+        init.normal_(self.down_proj, mean=0.0, std=std)
 
 
-EXPERT_LAYOUTS: dict[str, type[nn.Module]] = {"swiglu": DynMoeExperts}
+def build_experts(spec: RoutingSpec, config: DynMoeConfig) -> nn.Module:
+    """The experts of one router."""
+    if spec["experts"]["type"] == "low_rank":
+        return LowRankExperts(part_options("experts", spec["experts"]), config)
+    return DynMoeExperts(config)
 
 
-class DynMoeBlock(nn.Module):
-    """A mixture-of-experts FFN: scorer (`gate`), selector, experts, and shared experts if any."""
-
-    def __init__(self, config: DynMoeConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.router_dtype = config.router_dtype
-        self.spec = spec = config.routing_for(layer_idx)
-        self.gate = SCORERS[spec["scorer"]["type"]](part_options("scorer", spec["scorer"]), config)
-        self.selector = _build_selector(spec, config)
-        self.experts = EXPERT_LAYOUTS[spec["experts"]["type"]](config)
-        self.shared_experts = None
-        if config.num_shared_experts:
-            self.shared_experts = DynMoeMLP(config, config.num_shared_experts * config.moe_intermediate_size)
-
-    def route(self, hidden_states: Tensor, context: RoutingContext) -> Routing:
-        """Score and select for normalised FFN inputs (T, D); padding selects nothing."""
-        with _without_autocast(hidden_states.device.type):
-            scores = self.gate(hidden_states, context)
-            logits = scores.logits.to(hidden_states.dtype) if self.router_dtype == "model" else scores.logits
-            routing = self.selector(logits, context)
-        routing = routing._replace(
-            weights=routing.weights.to(hidden_states.dtype),
-            logits=scores.logits,
-            probs=routing.probs.float(),
-            state=scores.state,
-        )
-        return routing.masked(context.token_mask)
-
-    def forward(self, hidden_states: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
-        """(B, S, D) -> (B, S, D) and the Routing of its B * S tokens."""
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self.route(tokens, context)
-        fills_every_slot = self.selector.fills_every_slot and context.token_mask is None
-        output = run_experts(self.experts, tokens, routing, fills_every_slot).view_as(hidden_states)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden_states)
-        return output, routing
-
-
-def _build_selector(spec: RoutingSpec, config: DynMoeConfig) -> Selector:
-    return SELECTORS[spec["selector"]["type"]](part_options("selector", spec["selector"]), config)
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+def build_shared_scorers(config: DynMoeConfig) -> nn.ModuleDict:
+    """Scorer type -> what all routers with such a scorer share."""
+    shared = nn.ModuleDict()
+    for layer in range(config.num_hidden_layers):
+        spec = config.routing_for(layer)["scorer"]
+        scorer = SCORERS[spec["type"]]
+        if config.is_sparse(layer) and scorer.Shared is not None and spec["type"] not in shared:
+            shared[spec["type"]] = scorer.Shared(part_options("scorer", spec), config)
+    return shared
 
 
 class DynMoeDecoderLayer(GradientCheckpointingLayer):
@@ -149,7 +102,13 @@ class DynMoeDecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.self_attn = DynMoeAttention(config, layer_idx)
         self.is_sparse = config.is_sparse(layer_idx)
-        self.mlp = DynMoeBlock(config, layer_idx) if self.is_sparse else DynMoeMLP(config, config.intermediate_size)
+        self.scorer_type = config.routing_for(layer_idx)["scorer"]["type"]
+        self.is_cartesian = self.is_sparse and config.routing_for(layer_idx)["experts"]["type"] == "cartesian"
+        if self.is_sparse:
+            block = DynMoeCartesianBlock if self.is_cartesian else DynMoeBlock
+            self.mlp = block(config, layer_idx, build_experts)
+        else:
+            self.mlp = DynMoeMLP(config, config.intermediate_size)
         self.input_layernorm = DynMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DynMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -159,37 +118,54 @@ class DynMoeDecoderLayer(GradientCheckpointingLayer):
         router_state: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
+        visibility: Visibility | None = None,
+        shared_scorers: nn.ModuleDict | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor | None, ...]:
-        """Hidden states (B, S, D) followed, in a sparse layer, by the fields of its Routing.
+        """Hidden states (B, S, D) followed, in a sparse layer, by the fields of the Routing of each of its routers.
 
         The two tensors that carry gradient come first and by position, as re-entrant checkpointing asks.
         """
-        attention_output, _ = self.self_attn(
+        attention_output, _, importance = self.self_attn(
             self.input_layernorm(hidden_states),
+            statistic=self.mlp.statistic if self.is_sparse else None,
+            visibility=visibility,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             **kwargs,
         )
         hidden_states = hidden_states + attention_output
-        ffn_input = self.post_attention_layernorm(hidden_states)
         if not self.is_sparse:
-            return (hidden_states + self.mlp(ffn_input),)
-        ffn_output, routing = self.mlp(ffn_input, RoutingContext(self.layer_idx, token_mask, router_state))
+            return (hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)),)
+        context = RoutingContext(
+            self.layer_idx,
+            token_mask,
+            router_state,
+            shared=self._shared_scorer(shared_scorers),
+            importance=None if importance is None else importance.flatten(),
+        )
+        if self.is_cartesian:
+            hidden_states, (first, second) = self.mlp(hidden_states, self.post_attention_layernorm, context)
+            return (hidden_states, *first, *second)
+        ffn_output, routing = self.mlp(self.post_attention_layernorm(hidden_states), context)
         return (hidden_states + ffn_output, *routing)
 
+    def _shared_scorer(self, shared_scorers: nn.ModuleDict | None) -> nn.Module | None:
+        return shared_scorers[self.scorer_type] if shared_scorers and self.scorer_type in shared_scorers else None
 
-class DynMoePreTrainedModel(PreTrainedModel):
+
+class DynMoePreTrainedModel(RoutingChanges, PreTrainedModel):
     """What all models of the family share: initialisation, the change of routing, losses, saving."""
 
     config: DynMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DynMoeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "shared_scorers"]
+    _keep_in_fp32_modules_strict = ["threshold", "controller"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -209,11 +185,10 @@ class DynMoePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, DynMoeExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, Scorer | Selector):
+        if isinstance(module, Scorer | Selector | RecurrentCore | DynMoeExperts | LowRankExperts):
             module.init_weights(std)
+        elif isinstance(module, DynMoeBlock | BudgetController):
+            module.init_weights()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers. The configuration names the class of every Auto class, not only of this model's."""
@@ -221,49 +196,9 @@ class DynMoePreTrainedModel(PreTrainedModel):
             self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(*args, **kwargs)
 
-    def moe_blocks(self) -> list[DynMoeBlock]:
-        """The MoE blocks, from the first layer to the last."""
-        return [module for module in self.modules() if isinstance(module, DynMoeBlock)]
-
-    def set_routing(self, method: str | None = None, *, layers: Sequence[int] | None = None, **parts: Any) -> None:
-        """Change how tokens are routed from now on, in the model and in its config.
-
-        Args:
-            method: a method name whose scorer and experts are the model's own.
-            layers: change these decoder layers only.
-            parts: `selector={"p": 0.2}`, `losses={"router_z": 1e-3}`, ...; single keys, as in the config.
-
-        Raises:
-            ValueError: for a change that the config refuses, or that needs other parameters than the model has. Nothing
-                is changed then.
-        """
-        changes = parts if method is None else {"method": method, **parts}
-        config = copy.deepcopy(self.config)
-        config.change_routing(changes, layers)
-        changed = [(block, *_successor(block, config)) for block in self.moe_blocks()]
-        self.config.change_routing(changes, layers)
-        for block, spec, selector in changed:
-            block.spec, block.selector = spec, selector
-
-    @contextlib.contextmanager
-    def routing_override(
-        self, method: str | None = None, *, layers: Sequence[int] | None = None, **parts: Any
-    ) -> Iterator[None]:
-        """`set_routing` inside a `with` block; the routing before it comes back at its end."""
-        config = self.config
-        before = (config.routing, config.layer_routing, config.num_experts_per_tok)
-        blocks = [(block, block.spec, block.selector) for block in self.moe_blocks()]
-        self.set_routing(method, layers=layers, **parts)
-        try:
-            yield
-        finally:
-            config.routing, config.layer_routing, config.num_experts_per_tok = before
-            for block, spec, selector in blocks:
-                block.spec, block.selector = spec, selector
-
     def loss_coefficients(self) -> list[dict[str, float]]:
-        """Loss name -> coefficient of each MoE layer, from the first to the last."""
-        return [layer.mlp.spec["losses"] for layer in self.base_model.layers if layer.is_sparse]
+        """Loss name -> coefficient of each router, in the order of `moe_blocks`."""
+        return [block.spec["losses"] for block in self.moe_blocks()]
 
     def _needs_routing(self, output_routing: bool, output_router_logits: bool, has_labels: bool) -> bool:
         wanted = has_labels and any(any(losses.values()) for losses in self.loss_coefficients())
@@ -293,6 +228,7 @@ class DynMoePreTrainedModel(PreTrainedModel):
             config.balance_scope,
             config.balance_normalize,
             config.aux_reduction,
+            [block.layer_idx for block in self.moe_blocks()],
         )
         fields: dict[str, Any] = {"aux_losses": aux_losses}
         if output_router_logits:
@@ -305,25 +241,6 @@ class DynMoePreTrainedModel(PreTrainedModel):
         return fields, total
 
 
-def _successor(block: DynMoeBlock, config: DynMoeConfig) -> tuple[RoutingSpec, Selector]:
-    """What a changed config makes of a block: its specification, and its selector with the state that the old one had.
-
-    Raises:
-        ValueError: if the scorer or the experts would change.
-    """
-    spec = config.routing_for(block.layer_idx)
-    for axis in ("scorer", "experts"):
-        if spec[axis] != block.spec[axis]:
-            raise ValueError(
-                f"The {axis} of layer {block.layer_idx} cannot change from {block.spec[axis]} to {spec[axis]} in a "
-                "built model: its parameters are others. Build a new model with that routing."
-            )
-    selector = _build_selector(spec, config)
-    selector.init_weights(config.initializer_range)
-    selector.load_state_dict(block.selector.state_dict(), strict=False)
-    return spec, selector.to(next(block.parameters()).device).train(block.training)
-
-
 class DynMoeModel(DynMoePreTrainedModel):
     """The decoder without a head."""
 
@@ -331,6 +248,8 @@ class DynMoeModel(DynMoePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([DynMoeDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.shared_scorers = build_shared_scorers(config)
+        self.controller = build_controller(config)
         self.norm = DynMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = DynMoeRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -353,7 +272,7 @@ class DynMoeModel(DynMoePreTrainedModel):
 
         Args:
             attention_mask: (B, S) with 1 on real tokens; padding selects no expert.
-            output_routing: return the Routing of every layer.
+            output_routing: return the Routing of every router.
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
@@ -369,7 +288,10 @@ class DynMoeModel(DynMoePreTrainedModel):
             position_ids = (torch.arange(sequence_length, device=hidden_states.device) + start)[None]
         token_mask = real_tokens(attention_mask, batch_size, sequence_length)
         masks = self._attention_masks(hidden_states, attention_mask, past_key_values, position_ids)
+        visibilities = self._visibilities(hidden_states, attention_mask, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        count = self.controller is not None and self.training and torch.is_grad_enabled()
+        token_mask = None if token_mask is None else token_mask.reshape(-1)
 
         routings: list[Routing | None] = []
         router_state = None
@@ -378,17 +300,22 @@ class DynMoeModel(DynMoePreTrainedModel):
                 hidden_states,
                 router_state,
                 attention_mask=masks[layer.self_attn.sliding_window],
-                token_mask=None if token_mask is None else token_mask.reshape(-1),
+                token_mask=token_mask,
+                visibility=visibilities.get(layer.self_attn.sliding_window),
+                shared_scorers=self.shared_scorers,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            routing = Routing(*fields) if fields else None
-            router_state = routing.state if routing is not None else router_state
-            if output_routing:
-                routings.append(routing)
+            routed = Routing.unflatten(fields)
+            router_state = routed[-1].state if routed else router_state
+            if output_routing or count:
+                routings += routed or [None]
 
+        if count:
+            sparse = [routing for routing in routings if routing is not None]
+            count_for_controller(self.controller, self.moe_blocks(), sparse, token_mask)
         return DynMoeModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
@@ -415,6 +342,30 @@ class DynMoeModel(DynMoePreTrainedModel):
             if window is None
             else create_sliding_window_causal_mask(**arguments)
             for window in windows
+        }
+
+    def _visibilities(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor
+    ) -> dict[int | None, Visibility]:
+        """Sliding window -> which keys are visible, for the windows of layers whose selector reads attention."""
+        layers = {
+            layer.self_attn.sliding_window: layer.layer_idx
+            for layer in reversed(self.layers)
+            if layer.is_sparse and layer.mlp.statistic is not None
+        }
+        batch_size, sequence_length = hidden_states.shape[:2]
+        return {
+            window: Visibility.build(
+                attention_mask,
+                position_ids,
+                cache,
+                batch_size,
+                sequence_length,
+                layer_idx,
+                window,
+                hidden_states.device,
+            )
+            for window, layer_idx in layers.items()
         }
 
 

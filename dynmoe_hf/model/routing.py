@@ -5,14 +5,15 @@ Shapes used in every file of this folder: `T` tokens (= `B * S`), `E` experts, `
 may use), `D` hidden size, `I` expert width, `B` batch, `S` sequence.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Routing(NamedTuple):
@@ -27,6 +28,12 @@ class Routing(NamedTuple):
     logits: Tensor  # (T, E) float32, the raw scores
     probs: Tensor  # (T, E) float32, the scores as a distribution over the experts: rows sum to 1
     state: Tensor | None = None  # (T, N) what the scorer hands to the next MoE layer
+
+    @classmethod
+    def unflatten(cls, fields: Sequence[Tensor | None]) -> list["Routing"]:
+        """The Routings whose fields stand one after the other."""
+        size = len(cls._fields)
+        return [cls(*fields[start : start + size]) for start in range(0, len(fields), size)]
 
     @property
     def num_experts(self) -> int:
@@ -63,7 +70,10 @@ class RoutingContext(NamedTuple):
 
     layer_idx: int
     token_mask: Tensor | None = None  # (T,) bool, False on padding; None when every token is real
-    state: Tensor | None = None  # (T, N) `Routing.state` of the MoE layer before; None in the first one
+    state: Tensor | None = None  # (T, N) float32, `Routing.state` of the router before; None in the first one
+    shared: nn.Module | None = None  # what all routers with this scorer share, see `Scorer.Shared`
+    expert_norms: Tensor | None = None  # (T, E) float32, norm of each expert's own activation, see `Scorer.reads_norms`
+    importance: Tensor | None = None  # (T,) float32 statistic of the token's attention, see `Selector.statistic`
 
 
 def real_tokens(attention_mask: Tensor | None, batch_size: int, sequence_length: int) -> Tensor | None:
@@ -75,6 +85,13 @@ def real_tokens(attention_mask: Tensor | None, batch_size: int, sequence_length:
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -sequence_length:].to(torch.bool).expand(batch_size, -1)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """A block of code in which autocast is off."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:

@@ -30,7 +30,8 @@ class RoutingCallback(TrainerCallback):
     Args:
         model: the model that is trained.
         tokens_per_byte: labels for each byte of text in the evaluation data, for `eval_bits_per_byte`.
-        per_layer: also log `experts_per_token/layer_0`, ..., with the number of the decoder layer.
+        per_layer: also log `experts_per_token/layer_0`, ..., with the number of the decoder layer; the banks of a
+            cartesian layer apart, as `experts_per_token/layer_0_bank_0` and `experts_per_token/layer_0_bank_1`.
     """
 
     def __init__(
@@ -106,5 +107,6 @@ class RoutingCallback(TrainerCallback):
         if self.per_layer:
             blocks = self.statistics.model.moe_blocks()
             for block, value in zip(blocks, summary.experts_per_token_by_layer, strict=True):
-                metrics[f"experts_per_token/layer_{block.layer_idx}"] = value
+                bank = "" if block.bank is None else f"_bank_{block.bank}"
+                metrics[f"experts_per_token/layer_{block.layer_idx}{bank}"] = value
         return metrics

@@ -14,7 +14,7 @@ from transformers import (
 from dynmoe_hf.analysis.statistics import RoutingStatistics
 from tests.tiny import tiny_config, tiny_model, tokens
 
-METHODS = ("top_k", "top_p")
+METHODS = ("top_k", "top_p", "cartesian")
 
 
 def batch(lengths, prompt=2, side="right", seed=1):

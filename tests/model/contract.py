@@ -13,7 +13,7 @@ from torch import Tensor
 from dynmoe_hf import DynMoeForCausalLM
 from dynmoe_hf.model.losses import LOSSES
 from dynmoe_hf.model.routing import Routing, RoutingContext
-from tests.tiny import tiny_config, tiny_model, tokens
+from tests.tiny import tiny_model, tokens
 
 PADDING = 3
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -21,6 +21,16 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 def hidden_states(config: Any, num_tokens: int, seed: int = 3) -> Tensor:
     return torch.randn(num_tokens, config.hidden_size, generator=torch.Generator().manual_seed(seed))
+
+
+def context_for(model: DynMoeForCausalLM, block: Any, num_tokens: int, **fields: Any) -> RoutingContext:
+    """A context that holds whatever the scorer and the selector of a block may read."""
+    shared = model.model.shared_scorers
+    scorer = block.spec["scorer"]["type"]
+    importance = torch.rand(num_tokens, generator=torch.Generator().manual_seed(9))
+    return RoutingContext(
+        block.layer_idx, shared=shared[scorer] if scorer in shared else None, importance=importance, **fields
+    )
 
 
 def check_slots(routing: Routing) -> None:
@@ -38,12 +48,12 @@ def rule_1_slots_and_ties(routing: Any) -> None:
     """Weight 0 exactly where the slot is unused; ids unique in a row; ties go to the lower index."""
     model = tiny_model(routing)
     for block in model.moe_blocks():
-        routed = block.route(hidden_states(model.config, 50), RoutingContext(block.layer_idx))
+        routed = block.route(hidden_states(model.config, 50), context_for(model, block, 50))
         check_slots(routed)
         assert (routed.weights[routed.used] > 0).all() or routed.probs.min() == 0, "a used slot has no weight"
         tied = torch.zeros(3, model.config.num_experts)
         tied[2, [2, 5]] = 1.0
-        chosen = block.selector(tied, RoutingContext(block.layer_idx))
+        chosen = block.selector(tied, context_for(model, block, 3))
         check_slots(chosen)
         for row, order in zip(chosen.expert_ids, ([0, 1, 2], [0, 1, 2], [2, 5, 0]), strict=True):
             used = [expert for expert in row.tolist() if expert < model.config.num_experts]
@@ -57,12 +67,17 @@ def rule_1_slots_and_ties(routing: Any) -> None:
 
 def rule_2_float32(routing: Any) -> None:
     """Scores and everything after them in float32, whatever the dtype of the model; weights cast at the end."""
-    for block in tiny_model(routing).to(torch.bfloat16).moe_blocks():
-        config = tiny_config(routing)
-        hidden = hidden_states(config, 200).to(torch.bfloat16)
-        exact = copy.deepcopy(block).float()
-        context = RoutingContext(block.layer_idx)
-        expected = exact.route(hidden.float(), context)
+    model = tiny_model(routing).to(torch.bfloat16)
+    exact_model = copy.deepcopy(model).float()
+    for block, exact in zip(model.moe_blocks(), exact_model.moe_blocks(), strict=True):
+        hidden = hidden_states(model.config, 200).to(torch.bfloat16)
+        context = context_for(model, block, 200)
+        exact_context = context_for(exact_model, exact, 200)
+        if block.gate.reads_norms:
+            # The experts work in the dtype of the model; the norms of what they give are taken in float32.
+            activations = block.experts.project(hidden)[1].float()
+            exact_context = exact_context._replace(expert_norms=torch.linalg.vector_norm(activations, dim=-1))
+        expected = exact.route(hidden.float(), exact_context)
         for autocast in (False, True):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                 routed = block.route(hidden, context)
@@ -130,12 +145,12 @@ def rule_5_batches_and_nothing(routing: Any) -> None:
             same_choice(one.expert_ids, many.expert_ids.view(4, 7, -1)[row])
     for block in model.moe_blocks():
         empty = torch.zeros(1, 0, model.config.hidden_size)
-        output, routed = block(empty, RoutingContext(block.layer_idx))
+        output, routed = block(empty, context_for(model, block, 0))
         assert output.shape == empty.shape and routed.expert_ids.shape[0] == 0
         nobody = torch.zeros(6, dtype=torch.bool)
         hidden = hidden_states(model.config, 6)[None].requires_grad_()
         block.zero_grad()
-        output, routed = block(hidden, RoutingContext(block.layer_idx, nobody))
+        output, routed = block(hidden, context_for(model, block, 6, token_mask=nobody))
         assert not routed.used.any()
         output.sum().backward()
         for name, parameter in block.named_parameters():
@@ -144,18 +159,35 @@ def rule_5_batches_and_nothing(routing: Any) -> None:
 
 
 def rule_6_no_side_effects(routing: Any) -> None:
-    """Forward changes nothing in the model, in training or evaluation, also when a layer is recomputed."""
+    """Forward changes nothing in the model, in training or evaluation, also when a layer is recomputed.
+
+    But for a controller: a training forward is reported to it, once.
+    """
     for training in (False, True):
         model = tiny_model(routing_with_losses(routing)).train(training)
         model.gradient_checkpointing_enable()
         before = module_state(model)
         content = tokens(2, 8)
-        model(content, labels=content).loss.backward()
+        output = model(content, labels=content, output_routing=True)
+        output.loss.backward()
         model.zero_grad()
         after = module_state(model)
+        if training and model.model.controller is not None:
+            check_counts(model, sparse(output.routing), after.pop("model.controller.counts"))
+            assert after.pop("model.controller.num_calls") == 1
+            before = {name: value for name, value in before.items() if name in after}
         assert before.keys() == after.keys(), f"forward left {before.keys() ^ after.keys()} behind"
         for name, value in before.items():
             assert same(value, after[name]), f"forward changed {name}"
+
+
+def check_counts(model: DynMoeForCausalLM, routings: list[Routing], counts: Tensor) -> None:
+    """The counts of a controller: experts, or pairs of them, that all tokens used in each layer; then the tokens."""
+    used: dict[int, Tensor] = {}
+    for block, routed in zip(model.moe_blocks(), routings, strict=True):
+        used[block.layer_idx] = used.get(block.layer_idx, 1) * routed.num_selected
+    expected = [layer.sum().item() for layer in used.values()] + [routings[0].logits.shape[0]]
+    assert counts.tolist() == expected, "the controller was told other numbers than were routed"
 
 
 def rule_7_checkpointing_and_modes(routing: Any) -> None:

@@ -16,7 +16,7 @@ def test_expansion_is_complete_and_stable(name: str) -> None:
     spec = expand(all_routings()[name])
     assert expand(spec) == spec
     assert expand(json.loads(json.dumps(spec))) == spec
-    assert {"method", "scorer", "selector", "experts", "losses"} == set(spec)
+    assert {"method", "scorer", "selector", "experts", "controller", "losses"} == set(spec)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -27,7 +27,7 @@ def test_a_method_is_known_by_its_name(name: str) -> None:
 
 def test_single_keys_change_and_the_rest_stays() -> None:
     spec = expand({"method": "top_p", "selector": {"p": 0.3, "max_experts": 4}, "losses": {"router_z": 1e-3}})
-    assert spec["selector"] == {"type": "top_p", "p": 0.3, "max_experts": 4, "norm_topk_prob": False}
+    assert spec["selector"] == expand("top_p")["selector"] | {"p": 0.3, "max_experts": 4}
     assert spec["losses"] == {"load_balance": 0.01, "dynamic": 1e-4, "router_z": 1e-3}
     other = expand({"selector": {"type": "top_k"}}, spec)
     assert other["selector"] == expand("top_k")["selector"], "another type starts from its own defaults"
@@ -53,7 +53,7 @@ def test_save_and_load(tmp_path) -> None:
 def test_routing_given_on_load_changes_the_stored_one(tmp_path) -> None:
     tiny_config({"method": "top_p", "selector": {"p": 0.3, "norm_topk_prob": True}}).save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, routing={"selector": {"p": 0.2}})
-    assert config.routing["selector"] == {"type": "top_p", "p": 0.2, "max_experts": None, "norm_topk_prob": True}
+    assert config.routing["selector"] == expand("top_p")["selector"] | {"p": 0.2, "norm_topk_prob": True}
     with pytest.raises(ValueError, match="'pp'.*Did you mean 'p'"):
         AutoConfig.from_pretrained(tmp_path, routing={"selector": {"pp": 0.2}})
 
@@ -144,7 +144,7 @@ REFUSED = {
     "negative initializer": ({"initializer_range": -1.0}, "initializer_range must be at least 0"),
     "negative eps": ({"rms_norm_eps": -1.0}, "rms_norm_eps must be at least 0"),
     "too much dropout": ({"attention_dropout": 3.0}, "attention_dropout must be at least 0 and below 1"),
-    "negative shared experts": ({"num_shared_experts": -1}, "num_shared_experts must be 0 or more"),
+    "negative shared experts": ({"num_shared_experts": -1}, "num_shared_experts must be at least 0"),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from dynmoe_hf.model import dispatch, modeling_dynmoe
+from dynmoe_hf.model import blocks, dispatch, modeling_dynmoe
 from dynmoe_hf.model.expert_selectors import SELECTORS, TopK, TopKOptions, TopP, TopPOptions
 from dynmoe_hf.model.routing import Routing, RoutingContext
 from dynmoe_hf.model.scorers import SCORERS, LinearScorer, Scores
@@ -156,11 +156,11 @@ def test_rule_3_notices_padding_in_a_loss(monkeypatch) -> None:
 
 
 def test_rule_5_notices_a_missing_gradient(monkeypatch) -> None:
-    def forgetful(experts: nn.Module, hidden: Tensor, routing: Routing, fills_every_slot: bool) -> Tensor:
+    def forgetful(experts: nn.Module, hidden: Tensor, routing: Routing, fills_every_slot: bool, _: None) -> Tensor:
         if not routing.used.any():
             return torch.zeros_like(hidden)
         return dispatch.run_flat(experts, hidden, routing)
 
-    monkeypatch.setattr(modeling_dynmoe, "run_experts", forgetful)
+    monkeypatch.setattr(blocks, "run_experts", forgetful)
     with pytest.raises((AssertionError, RuntimeError)):
         contract.rule_5_batches_and_nothing("top_p")

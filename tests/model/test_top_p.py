@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dynmoe_hf import DynMoeConfig
 from dynmoe_hf.model.expert_selectors import TopP, TopPOptions
 from dynmoe_hf.model.losses import TokenWeights, entropy, load_balance
-from dynmoe_hf.model.modeling_dynmoe import DynMoeBlock
+from dynmoe_hf.model.modeling_dynmoe import DynMoeBlock, build_experts
 from dynmoe_hf.model.routing import Routing, RoutingContext
 from tests.tiny import ENGINES, tiny_config, tiny_model, tokens
 
@@ -318,7 +318,7 @@ def test_permuting_the_experts_of_a_block_leaves_its_output() -> None:
         ({"p": -0.1}, "p must be"),
         ({"p": float("nan")}, "p must be"),
         ({"p": "0.4"}, "'p'"),
-        ({"p": None}, "'p'"),
+        ({"p": None}, "only a controller can set"),
         ({"p": True}, "'p'"),
         ({"max_experts": 0}, "max_experts must be between 1 and num_experts"),
         ({"max_experts": 9}, "max_experts must be between 1 and num_experts"),
@@ -342,7 +342,8 @@ def test_router_dtype_model_selects_in_the_dtype_of_the_hidden_states() -> None:
     torch.manual_seed(0)
     blocks = {}
     for router_dtype in ("model", "float32"):
-        block = DynMoeBlock(tiny_config(routing, num_experts=16, hidden_size=64, router_dtype=router_dtype), 0)
+        config = tiny_config(routing, num_experts=16, hidden_size=64, router_dtype=router_dtype)
+        block = DynMoeBlock(config, 0, build_experts)
         blocks[router_dtype] = block.to(torch.bfloat16)
     with torch.no_grad():
         for block in blocks.values():

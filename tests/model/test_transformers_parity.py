@@ -25,7 +25,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from dynmoe_hf import DynMoeConfig, DynMoeForCausalLM
 from dynmoe_hf.model.attention import DynMoeRotaryEmbedding
-from dynmoe_hf.model.modeling_dynmoe import DynMoeBlock
+from dynmoe_hf.model.modeling_dynmoe import DynMoeBlock, build_experts
 from dynmoe_hf.model.routing import RoutingContext
 from tests.tiny import ENGINES, tokens
 
@@ -306,7 +306,7 @@ def test_router_of_deepseek_v3(groups: int, top_groups: int, normalise: bool) ->
         "bias": True,
     }
     config = DynMoeConfig(**SMALL, num_experts=16, num_experts_per_tok=4, routing={"selector": selector})
-    ours = DynMoeBlock(config, 0)
+    ours = DynMoeBlock(config, 0, build_experts)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         theirs.weight.normal_(std=0.2, generator=generator)

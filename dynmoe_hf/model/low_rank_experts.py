@@ -1,0 +1,139 @@
+# Copyright 2026 The dynmoe_hf developers. Licensed under the Apache License, Version 2.0.
+"""Low-rank experts, whose own activations can choose among them (Autonomy-of-Experts, Lv et al. 2025, arXiv 2501.13074).
+
+Shapes as in routing.py; `r` rank, `W` width of an expert, `P` used (token, expert) pairs. Every expert runs the first
+half of its gate projection on every token, `C` (T, E, r), and the selected ones go on from it. `C` is as large as the
+activations of many experts, so it is not kept for the backward pass: what that needs is computed again.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .dispatch import ENGINES, Linear, cast_for_autocast, grouped_experts, ragged_experts
+from .expert_layouts import LowRankOptions
+
+
+class LowRankExperts(nn.Module):
+    """`down(act(gate_up (gate_down x)) * up x)`: SwiGLU experts with a factorised gate.
+
+    Engines `reference`, `eager` and `ragged` are the ones of their names. transformers' own engines know only the fused
+    SwiGLU layout; for their names our grouped engine stands in, or `ragged` where the sizes are no multiples of 8.
+    """
+
+    def __init__(self, options: LowRankOptions, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.options = options
+        self.num_experts = config.num_experts
+        hidden_size, rank, width = config.hidden_size, options.rank_for(config), options.width_for(config)
+        self.gate_down_proj = nn.Parameter(torch.empty(self.num_experts, rank, hidden_size))
+        self.gate_up_proj_lowrank = nn.Parameter(torch.empty(self.num_experts, width, rank))
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+        aligned = all(size % 8 == 0 for size in (hidden_size, rank, width))
+        self.default_engine = grouped_experts if aligned else ragged_experts
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, activations: Tensor | None = None
+    ) -> Tensor:
+        """(T, D), expert ids (T, K), weights (T, K), activations of these experts (T, K, r) or None -> (T, D)."""
+        engine = ENGINES.get(self.config._experts_implementation, self.default_engine)
+        return engine(self, hidden_states, top_k_index, top_k_weights, activations)
+
+    def expert_ffn(self, linear: Linear, rows: Tensor, activations: Tensor | None = None) -> Tensor:
+        """The experts' FFN of rows (P, D), from their activations (P, r) if these are known."""
+        if activations is None:
+            activations = linear(rows, self.gate_down_proj)
+        gate = linear(activations, self.gate_up_proj_lowrank)
+        return linear(self.act_fn(gate) * linear(rows, self.up_proj), self.down_proj)
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms (T, E) float32 of every expert's activation, and the activations (T, E, r), which carry no gradient.
+
+        `select` gives the gradient back to those that are used.
+        """
+        hidden_states, weight = cast_for_autocast(hidden_states, self.gate_down_proj)
+        if torch.compiler.is_compiling():  # the compiler decides itself what it keeps
+            activations = _project(hidden_states, weight)
+            return _norm(activations), activations
+        return _ActivationNorms.apply(hidden_states, weight)
+
+    def select(self, hidden_states: Tensor, activations: Tensor, token: Tensor, expert: Tensor) -> Tensor:
+        """Activations (P, r) of the pairs (token, expert), each (P,), out of all (T, E, r), with their gradient."""
+        if torch.compiler.is_compiling():
+            return activations[token, expert]
+        hidden_states, weight = cast_for_autocast(hidden_states, self.gate_down_proj)
+        return _SelectedActivations.apply(hidden_states, weight, activations, token, expert)
+
+    def init_weights(self, std: float) -> None:
+        """Fill every parameter."""
+        down_std = std if self.options.down_init_std is None else self.options.down_init_std
+        init.normal_(self.gate_down_proj, mean=0.0, std=down_std)
+        for weight in (self.gate_up_proj_lowrank, self.up_proj, self.down_proj):
+            init.normal_(weight, mean=0.0, std=std)
+
+
+def _project(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    """(T, D) and (E, r, D) -> (T, E, r), one product."""
+    return F.linear(hidden_states, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+
+
+def _norm(activations: Tensor) -> Tensor:
+    """Euclidean norm in float32: rounded to bfloat16, norms of different experts would often be equal."""
+    return torch.linalg.vector_norm(activations, dim=-1, dtype=torch.promote_types(activations.dtype, torch.float32))
+
+
+class _ActivationNorms(torch.autograd.Function):
+    """`(hidden_states, weight) -> (norms, activations)`, which keeps its inputs only."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        activations = _project(hidden_states, weight)
+        norms = _norm(activations)
+        ctx.save_for_backward(hidden_states, weight)
+        ctx.mark_non_differentiable(activations)
+        return norms, activations
+
+    @staticmethod
+    def backward(ctx: Any, grad_norms: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_states, weight = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.zeros_like(hidden_states), torch.zeros_like(weight)
+        for expert in range(weight.shape[0]):
+            # Without a loss over all experts, only tokens that use this one have a gradient here.
+            rows = grad_norms[:, expert].nonzero().squeeze(-1)
+            inputs = hidden_states[rows]
+            activations = F.linear(inputs, weight[expert])
+            norms = _norm(activations)
+            scale = torch.where(norms > 0, grad_norms[rows, expert] / norms, 0.0)
+            grad = (scale[:, None] * activations).to(weight.dtype)
+            grad_weight[expert] = grad.t() @ inputs
+            grad_hidden.index_add_(0, rows, grad @ weight[expert])
+        return grad_hidden, grad_weight
+
+
+class _SelectedActivations(torch.autograd.Function):
+    """`activations[token, expert]`, with the gradient of `hidden_states @ weight[expert]^T` for these pairs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: Tensor, weight: Tensor, activations: Tensor, token: Tensor, expert: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_states, weight, token, expert)
+        return activations[token, expert]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_states, weight, token, expert = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.zeros_like(hidden_states), torch.zeros_like(weight)
+        for index in range(weight.shape[0]):
+            pairs = (expert == index).nonzero().squeeze(-1)
+            grad, rows = grad_output[pairs], token[pairs]
+            grad_weight[index] = grad.t() @ hidden_states[rows]
+            grad_hidden.index_add_(0, rows, grad @ weight[index])
+        return grad_hidden, grad_weight, None, None, None

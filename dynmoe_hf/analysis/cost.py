@@ -70,10 +70,11 @@ def count_cost(
       in full, as in the papers that publish such figures; of experts that are ranked by their own activation, the
       matrix that gives it counts for all of them;
     * FLOPs are those of matrix products in one forward pass, a multiply-add being two: projections, router (a shared
-      cell in every layer that uses it), experts, head, row statistics, and attention, whose scores and weighted sum each take 2 x heads x head_dim for every key. A token counts
-      `sequence_length` keys, or the sliding window if that is shorter: what a kernel computes that masks the future
-      rather than skipping it (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Norms, activations, softmax,
-      selection and the embedding look-up are left out.
+      cell in every layer that uses it), experts, head, and attention, whose scores and weighted sum, and statistics of
+      its rows, each take 2 x heads x head_dim for every key. A token counts `sequence_length` keys, or the sliding
+      window if that is shorter: what a kernel computes that masks the future rather than skipping it (PaLM, Chowdhery
+      et al. 2022, arXiv 2204.02311, appendix B). Norms, activations, softmax, selection and the embedding look-up are
+      left out.
 
     Args:
         config: a valid configuration; its `dtype`, float32 if it has none, is that of the weights.

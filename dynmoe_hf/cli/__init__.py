@@ -19,6 +19,7 @@ COMMANDS = {
     "methods": "list the routing methods, or show one with its parts, options and defaults",
     "validate": "build a configuration without memory: parameters, active parameters, memory, FLOPs per token",
     "train": "train a model with the Hugging Face Trainer",
+    "compare": "train several configurations on the same tokens and print one table",
     "evaluate": "perplexity, bits per byte and experts per token on held-out text",
     "generate": "continue a prompt",
     "demo": "train top_k and top_p on the same text, compare, plot, reload, generate",

@@ -10,6 +10,8 @@ from typing import Any
 
 from dynmoe_hf.errors import UserError
 
+from .compare import print_table, train_and_measure
+
 METHODS = ("top_k", "top_p")
 PROMPT = "def read_file(path):\n"
 BLOCK_SIZE = 128
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     plot_experts_over_training(histories, output / TRAINING_PLOT)
     per_layer = {method: result["experts_per_token_by_layer"] for method, result in results.items()}
     plot_experts_per_layer(per_layer, output / LAYER_PLOT)
-    _print_table(results)
+    print_table(results)
     print(f"Models, plots and results.json are in {output}.")
     _generate_in_a_new_process(output / METHODS[-1])
 
@@ -109,62 +111,10 @@ def _train_and_measure(method: str, folder: Path, tokenizer: Path, steps: int) -
     """Train one method; the figures of the table, all from this run."""
     import yaml
 
-    from dynmoe_hf import DynMoeConfig
-    from dynmoe_hf.analysis.cost import count_cost
-    from dynmoe_hf.training.arguments import parse_arguments
-    from dynmoe_hf.training.train import train
-
-    settings = SETTINGS | {
-        "routing": method,
-        "tokenizer": str(tokenizer),
-        "max_steps": steps,
-        "output_dir": str(folder),
-    }
+    settings = SETTINGS | {"routing": method, "tokenizer": str(tokenizer), "max_steps": steps}
     config_file = folder.with_suffix(".yaml")
     config_file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    metrics = train(*parse_arguments([], str(config_file)))
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    training = [entry["experts_per_token"] for entry in history if "experts_per_token" in entry]
-    cost = count_cost(DynMoeConfig.from_pretrained(folder), metrics["eval_experts_per_token"], BLOCK_SIZE)
-    return {
-        "bits_per_byte": metrics["eval_bits_per_byte"],
-        "experts_per_token": metrics["eval_experts_per_token"],
-        "experts_per_token_by_layer": [
-            value for name, value in metrics.items() if name.startswith("eval_experts_per_token/layer_")
-        ],
-        "experts_per_token_first_step": training[0],
-        "experts_per_token_last_steps": training[-1],
-        "total_parameters": cost.total_parameters,
-        "active_parameters": cost.activity[0].parameters,
-        "training_tokens": steps * SETTINGS["per_device_train_batch_size"] * BLOCK_SIZE,
-        "tokens_per_second": metrics["train_samples_per_second"] * BLOCK_SIZE,
-        "log_history": history,
-    }
-
-
-def _print_table(results: dict[str, dict[str, Any]]) -> None:
-    from .tables import new_console, new_table
-
-    console = new_console()
-    tokens = next(iter(results.values()))["training_tokens"]
-    console.print(
-        f"\nThe same text, seed and budget for each method: {tokens:,} tokens. Experts per token in the first step, "
-        "over the last steps, and on the validation text:"
-    )
-    columns = ("bits/byte", "first", "last", "valid.", "active", "total", "tokens/s")
-    table = new_table("method", *columns, numbers=True)
-    for method, result in results.items():
-        table.add_row(
-            method,
-            f"{result['bits_per_byte']:.3f}",
-            f"{result['experts_per_token_first_step']:.2f}",
-            f"{result['experts_per_token_last_steps']:.2f}",
-            f"{result['experts_per_token']:.2f}",
-            f"{result['active_parameters'] / 1e6:.2f} M",
-            f"{result['total_parameters'] / 1e6:.2f} M",
-            f"{result['tokens_per_second']:,.0f}",
-        )
-    console.print(table)
+    return train_and_measure(str(config_file), folder, [])
 
 
 def _generate_in_a_new_process(model: Path) -> None:

@@ -11,8 +11,8 @@ def new_console() -> Console:
 
 
 def new_table(*columns: str, numbers: bool = False) -> Table:
-    """An empty table; with `numbers`, all columns but the first are aligned right."""
+    """An empty table; the first column is not broken, and with `numbers` all others are aligned right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if numbers and index else "left", overflow="fold")
+        table.add_column(column, justify="right" if numbers and index else "left", overflow="fold", no_wrap=index == 0)
     return table

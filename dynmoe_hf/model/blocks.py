@@ -2,6 +2,7 @@
 """The FFN half of a decoder layer: dense, a mixture of experts, or two of them in sequence. Shapes as in routing.py."""
 
 from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init

@@ -144,8 +144,13 @@ class TopK(Selector):
             best = ranking.sort(dim=-1, descending=True, stable=True).indices[:, :1]
             ranking = ranking.scatter(1, best, -torch.inf)
         order = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : self.num_slots]  # (T, K)
-        weights = scores.gather(-1, order)
-        if self.options.norm_topk_prob:
+        if not self.options.norm_topk_prob:
+            weights = scores.gather(-1, order)
+        elif self.options.score_function == "softmax":
+            # Division by the sum gives the same weights, but leaves rounding errors as gradient of the other experts.
+            weights = logits.gather(-1, order).softmax(-1)
+        else:
+            weights = scores.gather(-1, order)
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(order, weights * self.options.scale, logits, probs)
 
@@ -226,8 +231,8 @@ class TopP(Selector):
     def count_slots(cls, options: TopPOptions, config: Any) -> int:
         if options.standardize and config.num_experts < 3:
             raise ValueError(
-                "standardize needs num_experts of 3 or more: with fewer, every token's standardised logits are the same "
-                "numbers."
+                "standardize needs num_experts of 3 or more: with fewer, the standardised logits of all tokens are the "
+                "same numbers."
             )
         return super().count_slots(options, config)
 
@@ -250,7 +255,7 @@ class TopP(Selector):
 def keep_slots(
     logits: Tensor, probs: Tensor, sorted_probs: Tensor, order: Tensor, keep: Tensor, num_slots: int, normalize: bool
 ) -> Routing:
-    """The Routing in which a token keeps those of its experts, sorted by falling probability, that `keep` (T, E) marks."""
+    """The Routing in which tokens keep the experts that `keep` (T, E) marks, sorted by falling probability."""
     keep, order = keep[:, :num_slots], order[:, :num_slots]
     weights = sorted_probs[:, :num_slots].masked_fill(~keep, 0.0)
     if normalize:
@@ -312,6 +317,7 @@ class Importance(Selector):
     def __init__(self, options: ImportanceOptions, config: Any) -> None:
         super().__init__(options, config)
         self.statistic = options.statistic
+        self.fills_every_slot = options.k_min == self.num_slots
 
     @classmethod
     def count_slots(cls, options: ImportanceOptions, config: Any) -> int:

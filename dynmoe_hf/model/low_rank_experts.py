@@ -1,5 +1,7 @@
 # Copyright 2026 The dynmoe_hf developers. Licensed under the Apache License, Version 2.0.
-"""Low-rank experts, whose own activations can choose among them (Autonomy-of-Experts, Lv et al. 2025, arXiv 2501.13074).
+"""Low-rank experts, whose own activations can choose among them.
+
+Autonomy-of-Experts, Lv et al. 2025, arXiv 2501.13074, section 3.
 
 Shapes as in routing.py; `r` rank, `W` width of an expert, `P` used (token, expert) pairs. Every expert runs the first
 half of its gate projection on every token, `C` (T, E, r), and the selected ones go on from it. `C` is as large as the

@@ -1,5 +1,5 @@
 # Copyright 2026 The dynmoe_hf developers. Licensed under the Apache License, Version 2.0.
-"""Routing methods: presets over the three axes and what stands beside them, and the expansion of what a user writes into what is stored.
+"""Routing methods: presets over the parts of a router, and the expansion of what a user writes into what is stored.
 
 A full specification is a plain dict, ready for JSON:
 

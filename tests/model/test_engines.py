@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from dynmoe_hf.model import dispatch
+from dynmoe_hf.model.methods import METHODS
 from dynmoe_hf.model.modeling_dynmoe import DynMoeExperts
 from dynmoe_hf.model.routing import Routing
 from tests.tiny import ENGINES, tiny_config, tiny_model, tokens
@@ -146,7 +147,7 @@ def test_bfloat16_is_no_worse_than_the_plain_loop(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("routing", ["top_k", "top_p"])
+@pytest.mark.parametrize("routing", METHODS)
 def test_autocast_trains(engine: str, routing: str) -> None:
     model = tiny_model(routing, engine).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -161,7 +162,7 @@ def test_autocast_trains(engine: str, routing: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("routing", ["top_k", "top_p"])
+@pytest.mark.parametrize("routing", METHODS)
 def test_whole_model_equals_the_reference(engine: str, routing: str) -> None:
     content = tokens(2, 9)
     mask = torch.ones_like(content)

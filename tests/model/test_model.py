@@ -7,9 +7,8 @@ from packaging import version
 from transformers import AutoModelForCausalLM, StaticCache, pipeline
 
 from dynmoe_hf import DynMoeForCausalLM
+from dynmoe_hf.model.methods import METHODS
 from tests.tiny import all_routings, tiny_config, tiny_model, tokens
-
-METHODS = ["top_k", "top_p"]
 
 
 @pytest.mark.parametrize("name", all_routings())
@@ -119,8 +118,9 @@ def test_generation_with_any_cache_and_left_padding(method: str) -> None:
     assert torch.equal(generated[:, 3:], expected)
 
 
-def test_a_static_cache_gives_the_same_logits() -> None:
-    model = tiny_model("top_p")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_static_cache_gives_the_same_logits(method: str) -> None:
+    model = tiny_model(method)
     content = tokens(2, 8)
     cache = StaticCache(config=model.config, max_cache_len=16)
     first = model(content[:, :5], past_key_values=cache, use_cache=True)
@@ -170,21 +170,16 @@ def test_a_checkpointed_layer_keeps_the_gradient_of_the_losses() -> None:
             torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "engine",
-    [
-        pytest.param(
-            "grouped_mm",
-            marks=pytest.mark.skipif(
-                version.parse(transformers.__version__) < version.parse("5.23"),
-                reason="the backward pass of its compiled form fails inside transformers before 5.23",
-            ),
-        ),
-        "batched_mm",
-    ],
+needs_grouped_backward = pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"),
+    reason="the backward pass of the compiled grouped_mm fails inside transformers before 5.23",
 )
+COMPILED = [pytest.param(method, "grouped_mm", marks=needs_grouped_backward) for method in METHODS]
+
+
+@pytest.mark.parametrize(("method", "engine"), [*COMPILED, ("top_k", "batched_mm"), ("top_p", "batched_mm")])
 def test_compiles_as_one_graph(method: str, engine: str) -> None:
+    torch._dynamo.reset()
     model = tiny_model(method, engine)
     content = tokens(2, 8)
     expected = model(content, labels=content)

@@ -47,6 +47,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
         "scorer": "activation_norm",
         "experts": {"type": "cartesian", "bank": {"type": "low_rank"}},
     },
+    "learned importance": {"selector": {"type": "importance", "statistic": "learned"}, "losses": {"importance": 0.01}},
     "budget of each layer": {"method": "dtop_p", "controller": {"scope": "layer", "target": 3.5}},
     "budget of pairs": {"method": "dtop_p", "experts": "cartesian", "controller": {"target": 6}},
 }

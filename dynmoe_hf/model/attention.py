@@ -14,7 +14,7 @@ from transformers import Cache
 
 from .compat import ALL_ATTENTION_FUNCTIONS, ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from .configuration_dynmoe import DynMoeConfig
-from .row_statistics import Visibility, row_statistics
+from .row_statistics import Visibility, received_attention, row_statistics
 
 
 class DynMoeRMSNorm(nn.Module):
@@ -142,7 +142,9 @@ class DynMoeAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         importance = None
-        if statistic is not None:
+        if statistic == "learned":
+            importance = received_attention(query, key, self.scaling, visibility)
+        elif statistic is not None:
             importance = row_statistics(query, key, self.scaling, visibility, statistic)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

@@ -70,6 +70,7 @@ class DynMoeBlock(nn.Module):
         """Score and select for normalised FFN inputs (T, D); padding selects nothing."""
         if self.gate.reads_norms and context.expert_norms is None:
             context = context._replace(expert_norms=self.experts.project(hidden_states)[0])
+        context = context._replace(hidden_states=hidden_states)
         with without_autocast(hidden_states.device.type):
             scores = self.gate(hidden_states, context)
             logits = scores.logits.to(hidden_states.dtype) if self.router_dtype == "model" else scores.logits

@@ -2,16 +2,19 @@
 """Selectors: which experts does a token use, and how many? One class a selector; shapes as in routing.py."""
 
 from dataclasses import dataclass
-from math import inf
+from math import inf, log
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from .routing import Routing, RoutingContext, unknown_name
 from .row_statistics import STATISTICS
+
+LEARNED = "learned"  # the one importance that is predicted, not measured
 
 
 class Selector(nn.Module):
@@ -271,13 +274,15 @@ class ImportanceOptions:
     Args:
         statistic: what of the token's attention is its importance, a mean over the heads (see row_statistics.py):
             `row_max`, its largest weight; `row_max_norm`, the same without the bias of short rows; `row_max_nosink`,
-            without the first token it sees; `row_entropy`; `self`, its weight on itself.
+            without the first token it sees; `row_entropy`; `self`, its weight on itself. `learned` predicts the
+            attention that the token will receive from later ones; the loss `importance` trains it.
         scale: factor on the importance, above 0.
         k_min: fewest experts of one token, 1 ... k_max.
         k_max: most experts of one token, 1 ... E; None follows the config's `num_experts_per_tok`, which is E unless it
             was given.
         ceil_eps: subtracted before rounding up, so that rounding errors do not add an expert to exact multiples.
         norm_topk_prob: divide the kept weights by their sum.
+        learned_mean: experts that `learned` gives to a token of average importance, above 0.
     """
 
     statistic: str = "row_max"
@@ -286,6 +291,7 @@ class ImportanceOptions:
     k_max: int | None = None
     ceil_eps: float = 1e-4
     norm_topk_prob: bool = False
+    learned_mean: float | int = 2.0
 
     def __post_init__(self) -> None:
         if self.statistic.startswith("col"):
@@ -293,10 +299,11 @@ class ImportanceOptions:
                 f"statistic {self.statistic!r} is refused in a decoder: the attention that a token receives comes from "
                 "tokens after it, so training would see the future and decoding could not."
             )
-        if self.statistic not in STATISTICS:
-            raise ValueError(unknown_name("statistic", self.statistic, STATISTICS))
-        if not 0 < self.scale < inf:
-            raise ValueError(f"scale must be a finite number above 0, got {self.scale}.")
+        if self.statistic not in (*STATISTICS, LEARNED):
+            raise ValueError(unknown_name("statistic", self.statistic, (*STATISTICS, LEARNED)))
+        for name in ("scale", "learned_mean"):
+            if not 0 < getattr(self, name) < inf:
+                raise ValueError(f"{name} must be a finite number above 0, got {getattr(self, name)}.")
         if self.k_min < 1:
             raise ValueError(f"k_min must be at least 1, got {self.k_min}.")
         if not 0 <= self.ceil_eps < 1:
@@ -317,6 +324,8 @@ class Importance(Selector):
     def __init__(self, options: ImportanceOptions, config: Any) -> None:
         super().__init__(options, config)
         self.statistic = options.statistic
+        self.mean_importance = options.learned_mean / config.num_experts
+        self.importance_head = nn.Linear(config.hidden_size, 1) if options.statistic == LEARNED else None
         self.fills_every_slot = options.k_min == self.num_slots
 
     @classmethod
@@ -324,6 +333,8 @@ class Importance(Selector):
         slots = super().count_slots(options, config)
         if options.k_min > slots:
             raise ValueError(f"k_min={options.k_min} must not exceed the most experts of a token, {slots}.")
+        if options.statistic == LEARNED and options.learned_mean >= config.num_experts:
+            raise ValueError(f"learned_mean={options.learned_mean} must be below num_experts={config.num_experts}.")
         return slots
 
     def num_wanted(self, importance: Tensor, num_experts: int) -> Tensor:
@@ -335,8 +346,28 @@ class Importance(Selector):
         probs = logits.softmax(-1)
         sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(logits.shape[-1], device=logits.device)
-        keep = rank < self.num_wanted(context.importance, logits.shape[-1])[:, None]
-        return keep_slots(logits, probs, sorted_probs, order, keep, self.num_slots, self.options.norm_topk_prob)
+        importance, token_loss = context.importance, None
+        if self.importance_head is not None:
+            importance, token_loss = self._predict(context.hidden_states, context.importance)
+        keep = rank < self.num_wanted(importance, logits.shape[-1])[:, None]
+        routing = keep_slots(logits, probs, sorted_probs, order, keep, self.num_slots, self.options.norm_topk_prob)
+        return routing._replace(token_loss=token_loss)
+
+    def _predict(self, hidden_states: Tensor, received: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Importance (T,) from the token alone, and its squared error where the attention it received is known."""
+        head = self.importance_head
+        scores = F.linear(hidden_states.detach().float(), head.weight.float(), head.bias.float())
+        importance = scores.squeeze(-1).sigmoid()
+        if received is None:
+            return importance.detach(), None
+        known = received.isfinite()
+        error = importance - (self.mean_importance * received.nan_to_num(0.0)).clamp_max(1.0)
+        return importance.detach(), torch.where(known, error.square(), torch.nan)
+
+    def init_weights(self, std: float) -> None:
+        if self.importance_head is not None:
+            init.zeros_(self.importance_head.weight)
+            init.constant_(self.importance_head.bias, log(self.mean_importance / (1 - self.mean_importance)))
 
 
 SELECTORS: dict[str, type[Selector]] = {"top_k": TopK, "top_p": TopP, "importance": Importance}

@@ -101,11 +101,26 @@ def router_z(routing: Routing, weights: TokenWeights) -> Tensor:
     return weights.mean(routing.logits.logsumexp(-1).square())
 
 
-TOKEN_LOSSES: dict[str, Callable[[Routing, TokenWeights], Tensor]] = {"dynamic": entropy, "router_z": router_z}
+def importance_error(routing: Routing, weights: TokenWeights) -> Tensor:
+    """Mean squared error of a learned importance, over the tokens that have a target.
+
+    The target is the attention that a token received, which is known in training only (see row_statistics.py).
+    """
+    has_target = routing.token_loss.isfinite()
+    known = weights._replace(real=weights.real * has_target.view_as(weights.real))
+    return known.mean(routing.token_loss.where(has_target, 0.0))
+
+
+TOKEN_LOSSES: dict[str, Callable[[Routing, TokenWeights], Tensor]] = {
+    "dynamic": entropy,
+    "router_z": router_z,
+    "importance": importance_error,
+}
 LOSSES: dict[str, str] = {
     "load_balance": "E * sum of expert usage x mean probability (Switch, arXiv 2101.03961, equations 4-6)",
     "dynamic": "entropy of the router's distribution (top-p, arXiv 2403.07652)",
     "router_z": "squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906)",
+    "importance": "squared error of a learned importance (selector `importance` with statistic `learned`)",
 }
 
 
@@ -167,6 +182,8 @@ def auxiliary_losses(
     total = torch.zeros((), dtype=torch.float32, device=device)
     for name in LOSSES:
         routers = [router for router, values in enumerate(coefficients) if values.get(name)]
+        if name == "importance":
+            routers = [router for router in routers if routings[router].token_loss is not None]
         if not routers:
             continue
         active = [routings[router] for router in routers]

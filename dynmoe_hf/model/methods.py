@@ -8,7 +8,7 @@ A full specification is a plain dict, ready for JSON:
      "selector": {"type": "top_p", "p": 0.4, "max_experts": None, "norm_topk_prob": False, "standardize": False},
      "experts": {"type": "swiglu"},
      "controller": {"type": "none"},
-     "losses": {"load_balance": 0.01, "dynamic": 0.0001, "router_z": 0.0}}
+     "losses": {"load_balance": 0.01, "dynamic": 0.0001, "router_z": 0.0, "importance": 0.0}}
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from typing import Any
 
 from .controllers import CONTROLLERS, gaussian_threshold
 from .expert_layouts import EXPERTS
-from .expert_selectors import SELECTORS
+from .expert_selectors import LEARNED, SELECTORS
 from .losses import LOSSES
 from .routing import build_options, unknown_name
 from .scorers import SCORERS
@@ -342,6 +342,11 @@ def _check_router(spec: RoutingSpec, config: Any) -> None:
         raise ValueError(
             f"The scorer {spec['scorer']['type']!r} ranks experts by their low-rank activation, which "
             f"{spec['experts']['type']!r} experts do not have: give experts 'low_rank', or a cartesian bank of them."
+        )
+    if spec["selector"].get("statistic") == LEARNED and not spec["losses"]["importance"]:
+        raise ValueError(
+            "The statistic 'learned' is trained by the loss 'importance': give it a coefficient in routing.losses, e.g. "
+            "0.01."
         )
     controlled = spec["controller"]["type"] != "none"
     if controlled and not selector.has_threshold:

@@ -37,7 +37,7 @@ from .outputs import DynMoeCausalLMOutput, DynMoeModelOutput, DynMoeQuestionAnsw
 from .routing import Routing, RoutingContext, real_tokens
 from .routing_changes import RoutingChanges, build_controller, count_for_controller
 from .row_statistics import Visibility
-from .scorers import SCORERS, RecurrentCore, Scorer
+from .scorers import SCORERS, RecurrentCell, RecurrentCore, Scorer
 
 AUTO_MAP = {
     "AutoConfig": "configuration_dynmoe.DynMoeConfig",
@@ -185,7 +185,7 @@ class DynMoePreTrainedModel(RoutingChanges, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, Scorer | Selector | RecurrentCore | DynMoeExperts | LowRankExperts):
+        if isinstance(module, Scorer | Selector | RecurrentCell | RecurrentCore | DynMoeExperts | LowRankExperts):
             module.init_weights(std)
         elif isinstance(module, DynMoeBlock | BudgetController):
             module.init_weights()

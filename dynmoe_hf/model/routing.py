@@ -28,6 +28,7 @@ class Routing(NamedTuple):
     logits: Tensor  # (T, E) float32, the raw scores
     probs: Tensor  # (T, E) float32, the scores as a distribution over the experts: rows sum to 1
     state: Tensor | None = None  # (T, N) what the scorer hands to the next MoE layer
+    token_loss: Tensor | None = None  # (T,) float32, what the selector itself minimises; NaN where a token has none
 
     @classmethod
     def unflatten(cls, fields: Sequence[Tensor | None]) -> list["Routing"]:
@@ -62,6 +63,7 @@ class Routing(NamedTuple):
         return self._replace(
             expert_ids=self.expert_ids.masked_fill(~keep, self.num_experts),
             weights=self.weights.masked_fill(~keep, 0.0),
+            token_loss=None if self.token_loss is None else self.token_loss.masked_fill(~token_mask, torch.nan),
         )
 
 
@@ -74,6 +76,7 @@ class RoutingContext(NamedTuple):
     shared: nn.Module | None = None  # what all routers with this scorer share, see `Scorer.Shared`
     expert_norms: Tensor | None = None  # (T, E) float32, norm of each expert's own activation, see `Scorer.reads_norms`
     importance: Tensor | None = None  # (T,) float32 statistic of the token's attention, see `Selector.statistic`
+    hidden_states: Tensor | None = None  # (T, D) what the scorer has scored
 
 
 def real_tokens(attention_mask: Tensor | None, batch_size: int, sequence_length: int) -> Tensor | None:

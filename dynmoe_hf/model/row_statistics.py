@@ -22,6 +22,7 @@ from .compat import find_packed_sequence_indices
 from .routing import without_autocast
 
 STATISTICS: tuple[str, ...] = ("row_max", "row_max_norm", "row_max_nosink", "row_entropy", "self")
+LATER_QUERIES = 16  # that must see a token before the attention it receives says something about it
 
 
 class Visibility(NamedTuple):
@@ -124,13 +125,50 @@ def row_statistics(
     with without_autocast(query.device.type):
         for start in range(0, query.shape[2], block_size):
             rows = slice(start, start + block_size)
-            block = query[:, :, rows].to(dtype) * scaling
-            # The query heads of one key head are side by side: their rows become one long matrix for that key head.
-            logits = block.reshape(*key.shape[:2], -1, key.shape[3]) @ key.transpose(2, 3)
-            logits = logits.view(*block.shape[:3], -1)
+            logits = _logits(query[:, :, rows].to(dtype) * scaling, key)
             own_key = visibility.query_positions[rows] - visibility.key_positions[0]
             importance.append(_statistic(statistic, logits, visibility.block(rows), own_key).mean(1))
     return torch.cat(importance, dim=1)
+
+
+@torch.no_grad()
+def received_attention(
+    query: Tensor, key: Tensor, scaling: float, visibility: Visibility, block_size: int = 128
+) -> Tensor | None:
+    """Attention that each token receives from real tokens, over what it would receive if rows were uniform.
+
+    A statistic of columns: it looks into the future, so it may be a target of training and never an input. Arguments as
+    in `row_statistics`.
+
+    Returns:
+        (B, S) >= 0 without gradient, NaN for padding and where fewer than `LATER_QUERIES` later tokens see the token;
+        None if the call is not a whole sequence (`N != S`).
+    """
+    if key.shape[2] != query.shape[2]:
+        return None
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    received = uniform = later = 0.0
+    with without_autocast(query.device.type):
+        for start in range(0, query.shape[2], block_size):
+            rows = slice(start, start + block_size)
+            logits = _logits(query[:, :, rows].to(dtype) * scaling, key.to(dtype))
+            visible = visibility.block(rows)
+            if visibility.real_keys is not None:
+                visible = visible & visibility.real_keys[:, None, rows, None]
+            probs = logits.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0.0)
+            count = visible.sum(-1, keepdim=True, dtype=dtype)
+            received = received + probs.sum(2).mean(1)
+            uniform = uniform + (visible / count.clamp_min(1)).sum(2).mean(1)
+            later = later + visible.sum(2).amax(1)
+    # A token sees itself, which is no later query.
+    return torch.where(later > LATER_QUERIES, received / uniform, torch.nan)
+
+
+def _logits(query: Tensor, key: Tensor) -> Tensor:
+    """(B, H, rows, N) from queries (B, H, rows, head_dim) and keys (B, Hkv, N, head_dim)."""
+    # The query heads of one key head are side by side: their rows become one long matrix for that key head.
+    logits = query.reshape(*key.shape[:2], -1, key.shape[3]) @ key.transpose(2, 3)
+    return logits.view(*query.shape[:3], -1)
 
 
 def _statistic(statistic: str, logits: Tensor, visible: Tensor, own_key: Tensor) -> Tensor:

@@ -99,7 +99,33 @@ class RecurrentOptions:
             raise ValueError(f"logit_residual_alpha must be a finite number, got {self.logit_residual_alpha}.")
 
 
-CELLS: dict[str, type[nn.RNNCellBase]] = {"gru": nn.GRUCell, "rnn": nn.RNNCell, "lstm": nn.LSTMCell}
+NUM_GATES = {"gru": 3, "rnn": 1, "lstm": 4}
+
+
+class RecurrentCell(nn.Module):
+    """The parameters of `nn.GRUCell`, `nn.RNNCell` or `nn.LSTMCell` under their names.
+
+    No torch cell, because transformers asks only the module that owns a parameter to fill it.
+    """
+
+    def __init__(self, options: RecurrentOptions) -> None:
+        super().__init__()
+        self.options = options
+        rows = NUM_GATES[options.cell] * options.size
+        self.weight_ih = nn.Parameter(torch.empty(rows, options.size))
+        self.weight_hh = nn.Parameter(torch.empty(rows, options.size))
+        self.bias_ih = nn.Parameter(torch.empty(rows))
+        self.bias_hh = nn.Parameter(torch.empty(rows))
+
+    def init_weights(self, std: float) -> None:
+        """Fill every parameter."""
+        for name, parameter in self.named_parameters():
+            if self.options.init == "uniform":
+                init.uniform_(parameter, -(self.options.size**-0.5), self.options.size**-0.5)
+            elif name.startswith("bias"):
+                init.zeros_(parameter)
+            else:
+                init.normal_(parameter, mean=0.0, std=std)
 
 
 class RecurrentCore(nn.Module):
@@ -108,7 +134,7 @@ class RecurrentCore(nn.Module):
     def __init__(self, options: RecurrentOptions, config: Any) -> None:
         super().__init__()
         self.options = options
-        self.cell = CELLS[options.cell](options.size, options.size)
+        self.cell = RecurrentCell(options)
         if options.projector == "shared":
             self.in_proj = nn.Parameter(torch.empty(options.size, config.hidden_size))
 
@@ -143,14 +169,7 @@ class RecurrentCore(nn.Module):
         return self.options.size * (2 if self.options.cell == "lstm" else 1)
 
     def init_weights(self, std: float) -> None:
-        """Fill every parameter."""
-        for name, parameter in self.cell.named_parameters():
-            if self.options.init == "uniform":
-                init.uniform_(parameter, -(self.options.size**-0.5), self.options.size**-0.5)
-            elif name.startswith("bias"):
-                init.zeros_(parameter)
-            else:
-                init.normal_(parameter, mean=0.0, std=std)
+        """Fill the projection; the cell fills itself."""
         if self.options.projector == "shared":
             _init_projection(self.in_proj, self.options, std)
 

@@ -29,7 +29,11 @@ def context_for(model: DynMoeForCausalLM, block: Any, num_tokens: int, **fields:
     scorer = block.spec["scorer"]["type"]
     importance = torch.rand(num_tokens, generator=torch.Generator().manual_seed(9))
     return RoutingContext(
-        block.layer_idx, shared=shared[scorer] if scorer in shared else None, importance=importance, **fields
+        block.layer_idx,
+        shared=shared[scorer] if scorer in shared else None,
+        importance=importance,
+        hidden_states=hidden_states(model.config, num_tokens),
+        **fields,
     )
 
 
@@ -152,7 +156,8 @@ def rule_5_batches_and_nothing(routing: Any) -> None:
         block.zero_grad()
         output, routed = block(hidden, context_for(model, block, 6, token_mask=nobody))
         assert not routed.used.any()
-        output.sum().backward()
+        selectors_own = 0.0 if routed.token_loss is None else routed.token_loss.nan_to_num().sum()
+        (output.sum() + selectors_own).backward()
         for name, parameter in block.named_parameters():
             assert parameter.grad is not None, f"{name} has no gradient when nobody selects anything"
             assert "shared_experts" in name or not parameter.grad.any()

@@ -7,6 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig
 
 from dynmoe_hf import DynMoeConfig
+from dynmoe_hf.model.losses import LOSSES
 from dynmoe_hf.model.methods import METHODS, expand
 from tests.tiny import all_routings, tiny_config
 
@@ -28,7 +29,7 @@ def test_a_method_is_known_by_its_name(name: str) -> None:
 def test_single_keys_change_and_the_rest_stays() -> None:
     spec = expand({"method": "top_p", "selector": {"p": 0.3, "max_experts": 4}, "losses": {"router_z": 1e-3}})
     assert spec["selector"] == expand("top_p")["selector"] | {"p": 0.3, "max_experts": 4}
-    assert spec["losses"] == {"load_balance": 0.01, "dynamic": 1e-4, "router_z": 1e-3}
+    assert spec["losses"] == expand("top_p")["losses"] | {"router_z": 1e-3}
     other = expand({"selector": {"type": "top_k"}}, spec)
     assert other["selector"] == expand("top_k")["selector"], "another type starts from its own defaults"
     assert other["method"] == "top_k"
@@ -38,7 +39,7 @@ def test_single_keys_change_and_the_rest_stays() -> None:
 def test_an_expanded_spec_stands_for_itself() -> None:
     """Also when a later release changes the preset."""
     spec = expand("top_p") | {"losses": {"load_balance": 0.5}}
-    assert expand(spec)["losses"] == {"load_balance": 0.5, "dynamic": 0.0, "router_z": 0.0}
+    assert expand(spec)["losses"] == dict.fromkeys(LOSSES, 0.0) | {"load_balance": 0.5}
 
 
 def test_save_and_load(tmp_path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate, create_sliding_window_causal_mask
 
-from dynmoe_hf.model.row_statistics import STATISTICS, Visibility, row_statistics
+from dynmoe_hf.model.row_statistics import STATISTICS, Visibility, received_attention, row_statistics
 from tests.tiny import tiny_config
 
 FOLDER = Path(__file__).parents[1] / "vectors"
@@ -378,3 +378,36 @@ def test_one_graph_when_compiled(statistic: str, mask: Tensor | None) -> None:
     query, key = random_states(seed=13)
     compiled = torch.compile(importance, fullgraph=True, backend="eager")(query, key)
     torch.testing.assert_close(compiled, importance(query, key), **EXACT)
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_received_attention_is_a_plain_loop_over_columns(padding: str) -> None:
+    num_tokens, heads, head_dim = 24, 4, 6
+    generator = torch.Generator().manual_seed(4)
+    query = torch.randn(2, heads, num_tokens, head_dim, generator=generator, dtype=torch.float64)
+    key = torch.randn(2, 2, num_tokens, head_dim, generator=generator, dtype=torch.float64)
+    real = torch.ones(2, num_tokens, dtype=torch.bool)
+    if padding == "left":
+        real[1, :5] = False
+    positions = torch.arange(num_tokens)
+    visibility = Visibility(positions, positions, real_keys=real)
+    actual = received_attention(query, key, 0.4, visibility, block_size=7)
+    for row in range(2):
+        received, uniform, later = (torch.zeros(num_tokens, dtype=torch.float64) for _ in range(3))
+        for t in range(num_tokens):
+            keys = [s for s in range(t + 1) if real[row, s]]
+            if not real[row, t]:
+                continue
+            for head in range(heads):
+                logits = torch.stack([0.4 * query[row, head, t] @ key[row, head // 2, s] for s in keys])
+                received[keys] += logits.softmax(0) / heads
+            uniform[keys] += 1 / len(keys)
+            later[[s for s in keys if s < t]] += 1
+        expected = torch.where(later >= 16, received / uniform, torch.nan)
+        assert 0 < expected.isfinite().sum() < num_tokens
+        torch.testing.assert_close(actual[row], expected, equal_nan=True)
+
+
+def test_received_attention_needs_a_whole_sequence() -> None:
+    query, key = torch.randn(1, 2, 1, 4), torch.randn(1, 2, 30, 4)
+    assert received_attention(query, key, 1.0, Visibility(torch.tensor([29]), torch.arange(30))) is None

@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(text)
     else:
-        _print(report, [block.layer_idx for block in model.moe_blocks()])
+        blocks = model.moe_blocks()
+        _print(report, [f"{block.layer_idx}" + ("" if block.bank is None else f", bank {block.bank}") for block in blocks])
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -114,7 +115,7 @@ def _documents(args: argparse.Namespace) -> Dataset:
     return documents[split]
 
 
-def _print(report: dict[str, Any], layers: list[int]) -> None:
+def _print(report: dict[str, Any], routers: list[str]) -> None:
     console = new_console()
     console.print(
         f"{report['model']} on {' '.join(report['dataset'])}, {report['split']} split: "
@@ -126,9 +127,9 @@ def _print(report: dict[str, Any], layers: list[int]) -> None:
             value = report[name]
             table.add_row(meaning, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
     console.print(table)
-    if layers:
+    if routers:
         table = new_table("MoE layer", "experts per token", "least used expert", "most used expert", numbers=True)
-        for row in zip(layers, report["experts_per_token_by_layer"], report["expert_load"], strict=True):
-            layer, mean, loads = row
-            table.add_row(str(layer), f"{mean:.3f}", f"{min(loads):.1%} of tokens", f"{max(loads):.1%} of tokens")
+        for row in zip(routers, report["experts_per_token_by_layer"], report["expert_load"], strict=True):
+            router, mean, loads = row
+            table.add_row(router, f"{mean:.3f}", f"{min(loads):.1%} of tokens", f"{max(loads):.1%} of tokens")
         console.print(table)

@@ -36,7 +36,7 @@ def evaluate_text(model: DynMoeForCausalLM, blocks: Dataset, batch_size: int = 8
         `bits_per_byte`: the same likelihood over the bytes of the text, comparable between tokenizers (Gao et al. 2020,
         The Pile, arXiv 2101.00027, section 3.1);
         `tokens`, `bytes`: how many were predicted;
-        `experts_per_token`: mean over the MoE layers, and `experts_per_token_by_layer` (L,) of each;
+        `experts_per_token`: mean over the routers, and `experts_per_token_by_layer` (L,) of each;
         `dead_experts`: experts, counted in every layer, that no token used;
         `expert_load`: (L, E) share of the tokens that used the expert.
         These four are missing from a model without MoE layers. Tokens at the end that a block repeats from the one

@@ -16,8 +16,9 @@ class DynMoeModelOutput(ModelOutput):
 
     Args:
         last_hidden_state: (B, S, D) after the final norm.
-        router_logits: one (B * S, E) tensor a MoE layer, with `output_router_logits`.
-        routing: one Routing a decoder layer, None where it is dense, with `output_routing`.
+        router_logits: one (B * S, E) tensor a router, with `output_router_logits`.
+        routing: one Routing a router in the order in which they run, with `output_routing`: None for a dense layer, two
+            for a cartesian one.
     """
 
     last_hidden_state: Tensor | None = None
@@ -39,7 +40,7 @@ class DynMoeCausalLMOutput(ModelOutput):
         aux_losses: each auxiliary loss by name, without its coefficient; present with labels or `output_router_logits`.
         aux_loss: the load-balance loss among them, with `output_router_logits`.
         router_logits, routing: as in DynMoeModelOutput.
-        experts_per_token: (MoE layers,) mean number of experts of a real token, with `output_routing`.
+        experts_per_token: (routers,) mean number of experts of a real token, with `output_routing`.
     """
 
     loss: Tensor | None = None

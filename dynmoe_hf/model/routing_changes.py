@@ -133,7 +133,7 @@ def _successor(block: DynMoeBlock, old: DynMoeConfig, new: DynMoeConfig) -> tupl
         if layer_spec[axis] != layer_before[axis]:
             raise ValueError(
                 f"The {axis} of layer {block.layer_idx} cannot change from {layer_before[axis]} to {layer_spec[axis]} "
-                "in a built model: its parameters are others. Build a new model with that routing."
+                "in a built model, which was built for it. Build a new model with that routing."
             )
     selector = build_selector(new, block.layer_idx, block.bank)
     selector.init_weights(new.initializer_range)

@@ -77,7 +77,7 @@ def test_summary_equals_a_count_token_by_token(method, divided_by_step):
     assert summary.dead_experts == (loads == 0).sum()
     assert summary.lm_loss == pytest.approx(lm_loss, rel=1e-6)
     assert summary.aux_losses == pytest.approx(aux_losses, rel=1e-6)
-    assert set(aux_losses) == ({"load_balance"} if method == "top_k" else {"load_balance", "dynamic"})
+    assert set(aux_losses) == ({"load_balance", "dynamic"} if method == "top_p" else {"load_balance"})
 
 
 def test_dead_experts_are_counted_in_every_layer():

@@ -100,7 +100,7 @@ class DynMoeBlock(nn.Module):
             output = routed_weight * output + shared_weight * self.shared_experts(hidden_states)
         return output, routing
 
-    def init_weights(self) -> None:
+    def init_weights(self, std: float) -> None:
         """Fill the parameters of the block itself."""
         if self.output_bias is not None:
             init.zeros_(self.output_bias)

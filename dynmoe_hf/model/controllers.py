@@ -141,8 +141,8 @@ class BudgetController(nn.Module):
             for start, moved in zip(self.initial, wanted, strict=True)
         ]
 
-    def init_weights(self) -> None:
-        """Fill every buffer."""
+    def init_weights(self, std: float) -> None:
+        """Fill the buffer."""
         init.zeros_(self.integral)
 
 

@@ -214,6 +214,10 @@ class LogitNorm(nn.Module):
         scale = self.theta.to(logits.dtype).clamp_min(self.SMALLEST_SCALE)
         return scale * centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
 
+    def init_weights(self, std: float) -> None:
+        """Fill the scale."""
+        init.ones_(self.theta)
+
 
 class TopP(Selector):
     """Keep adding experts, the most probable first, until their summed probability exceeds `p`.
@@ -249,8 +253,6 @@ class TopP(Selector):
         return keep_slots(logits, probs, sorted_probs, order, keep, self.num_slots, self.options.norm_topk_prob)
 
     def init_weights(self, std: float) -> None:
-        if self.logit_norm is not None:
-            init.ones_(self.logit_norm.theta)
         if self.controlled:
             init.constant_(self.threshold, self.initial_threshold)
 
@@ -310,6 +312,36 @@ class ImportanceOptions:
             raise ValueError(f"ceil_eps must be at least 0 and below 1, got {self.ceil_eps}.")
 
 
+class ImportanceHead(nn.Module):
+    """Predicts the importance of a token from the token alone; it starts at `mean` for every token."""
+
+    def __init__(self, hidden_size: int, mean: float) -> None:
+        super().__init__()
+        self.mean = mean
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, hidden_states: Tensor, received: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Importance (T,) without gradient, and its squared error, NaN where the attention received is unknown.
+
+        Args:
+            hidden_states: (T, D).
+            received: (T,) attention that the tokens received, 1 in the mean (see `received_attention`); None if no
+                token's is known.
+        """
+        scores = F.linear(hidden_states.detach().float(), self.weight.float(), self.bias.float())
+        importance = scores.squeeze(-1).sigmoid()
+        if received is None:
+            return importance.detach(), None
+        error = importance - (self.mean * received.nan_to_num(0.0)).clamp_max(1.0)
+        return importance.detach(), torch.where(received.isfinite(), error.square(), torch.nan)
+
+    def init_weights(self, std: float) -> None:
+        """Fill every parameter."""
+        init.zeros_(self.weight)
+        init.constant_(self.bias, log(self.mean / (1 - self.mean)))
+
+
 class Importance(Selector):
     """More experts for tokens whose attention is sharp: `k_t = ceil(scale * importance_t * E)`, within k_min ... k_max.
 
@@ -324,8 +356,9 @@ class Importance(Selector):
     def __init__(self, options: ImportanceOptions, config: Any) -> None:
         super().__init__(options, config)
         self.statistic = options.statistic
-        self.mean_importance = options.learned_mean / config.num_experts
-        self.importance_head = nn.Linear(config.hidden_size, 1) if options.statistic == LEARNED else None
+        self.importance_head = None
+        if options.statistic == LEARNED:
+            self.importance_head = ImportanceHead(config.hidden_size, options.learned_mean / config.num_experts)
         self.fills_every_slot = options.k_min == self.num_slots
 
     @classmethod
@@ -348,26 +381,10 @@ class Importance(Selector):
         rank = torch.arange(logits.shape[-1], device=logits.device)
         importance, token_loss = context.importance, None
         if self.importance_head is not None:
-            importance, token_loss = self._predict(context.hidden_states, context.importance)
+            importance, token_loss = self.importance_head(context.hidden_states, context.importance)
         keep = rank < self.num_wanted(importance, logits.shape[-1])[:, None]
         routing = keep_slots(logits, probs, sorted_probs, order, keep, self.num_slots, self.options.norm_topk_prob)
         return routing._replace(token_loss=token_loss)
-
-    def _predict(self, hidden_states: Tensor, received: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Importance (T,) from the token alone, and its squared error where the attention it received is known."""
-        head = self.importance_head
-        scores = F.linear(hidden_states.detach().float(), head.weight.float(), head.bias.float())
-        importance = scores.squeeze(-1).sigmoid()
-        if received is None:
-            return importance.detach(), None
-        known = received.isfinite()
-        error = importance - (self.mean_importance * received.nan_to_num(0.0)).clamp_max(1.0)
-        return importance.detach(), torch.where(known, error.square(), torch.nan)
-
-    def init_weights(self, std: float) -> None:
-        if self.importance_head is not None:
-            init.zeros_(self.importance_head.weight)
-            init.constant_(self.importance_head.bias, log(self.mean_importance / (1 - self.mean_importance)))
 
 
 SELECTORS: dict[str, type[Selector]] = {"top_k": TopK, "top_p": TopP, "importance": Importance}

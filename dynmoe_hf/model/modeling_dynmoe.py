@@ -27,9 +27,7 @@ from .compat import (
     use_experts_implementation,
 )
 from .configuration_dynmoe import DynMoeConfig
-from .controllers import BudgetController
 from .dispatch import Linear, eager_experts
-from .expert_selectors import Selector
 from .losses import TokenWeights, auxiliary_losses
 from .low_rank_experts import LowRankExperts
 from .methods import RoutingSpec, part_options
@@ -37,7 +35,7 @@ from .outputs import DynMoeCausalLMOutput, DynMoeModelOutput, DynMoeQuestionAnsw
 from .routing import Routing, RoutingContext, real_tokens
 from .routing_changes import RoutingChanges, build_controller, count_for_controller
 from .row_statistics import Visibility
-from .scorers import SCORERS, RecurrentCell, RecurrentCore, Scorer
+from .scorers import SCORERS, Scorer
 
 AUTO_MAP = {
     "AutoConfig": "configuration_dynmoe.DynMoeConfig",
@@ -184,11 +182,9 @@ class DynMoePreTrainedModel(RoutingChanges, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, Scorer | Selector | RecurrentCell | RecurrentCore | DynMoeExperts | LowRankExperts):
-            module.init_weights(std)
-        elif isinstance(module, DynMoeBlock | BudgetController):
-            module.init_weights()
+        # Each module fills what it owns itself, because transformers asks only the owners of what a checkpoint lacks.
+        if not isinstance(module, PreTrainedModel) and hasattr(module, "init_weights"):
+            module.init_weights(self.config.initializer_range)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers. The configuration names the class of every Auto class, not only of this model's."""

@@ -136,7 +136,9 @@ def _successor(block: DynMoeBlock, old: DynMoeConfig, new: DynMoeConfig) -> tupl
                 "in a built model, which was built for it. Build a new model with that routing."
             )
     selector = build_selector(new, block.layer_idx, block.bank)
-    selector.init_weights(new.initializer_range)
+    for module in selector.modules():
+        if hasattr(module, "init_weights"):
+            module.init_weights(new.initializer_range)
     _keep_state(selector, block.selector)
     reference = next(block.parameters())
     return bank_spec(layer_spec, block.bank), selector.to(reference.device).train(block.training)

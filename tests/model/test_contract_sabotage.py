@@ -9,10 +9,10 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from dynmoe_hf.model import blocks, dispatch, modeling_dynmoe
+from dynmoe_hf.model import attention, blocks, dispatch, modeling_dynmoe
 from dynmoe_hf.model.expert_selectors import SELECTORS, TopK, TopKOptions, TopP, TopPOptions
 from dynmoe_hf.model.routing import Routing, RoutingContext
-from dynmoe_hf.model.scorers import SCORERS, LinearScorer, Scores
+from dynmoe_hf.model.scorers import SCORERS, LinearScorer, RecurrentScorer, Scores
 from tests.model import contract
 
 
@@ -164,3 +164,49 @@ def test_rule_5_notices_a_missing_gradient(monkeypatch) -> None:
     monkeypatch.setattr(blocks, "run_experts", forgetful)
     with pytest.raises((AssertionError, RuntimeError)):
         contract.rule_5_batches_and_nothing("top_p")
+
+
+def test_rule_4_notices_attention_that_is_yet_to_come(monkeypatch) -> None:
+    def attention_received(query: Tensor, key: Tensor, scaling: float, *_: Any) -> Tensor:
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        return (query @ keys.transpose(2, 3) * scaling).softmax(-1).mean((1, 2))[:, -query.shape[2] :]
+
+    monkeypatch.setattr(attention, "row_statistics", attention_received)
+    with pytest.raises(AssertionError):
+        contract.rule_4_causal({"method": "da_moe", "selector": {"scale": 2.0}})
+
+
+def test_rule_4_notices_a_state_that_runs_over_the_sequence(monkeypatch) -> None:
+    forward = RecurrentScorer.forward
+
+    def shifted(self: RecurrentScorer, hidden_states: Tensor, context: RoutingContext) -> Scores:
+        state = context.state if context.state is None else context.state.roll(1, 0)
+        return forward(self, hidden_states, context._replace(state=state))
+
+    monkeypatch.setattr(RecurrentScorer, "forward", shifted)
+    with pytest.raises(AssertionError):
+        contract.rule_4_causal({"method": "rmoe", "scorer": {"init": "uniform"}})
+
+
+def test_rule_6_notices_a_step_that_is_reported_twice(monkeypatch) -> None:
+    report = modeling_dynmoe.count_for_controller
+
+    def twice(*args: Any) -> None:
+        report(*args)
+        report(*args)
+
+    monkeypatch.setattr(modeling_dynmoe, "count_for_controller", twice)
+    with pytest.raises(AssertionError):
+        contract.rule_6_no_side_effects("dtop_p")
+
+
+def test_rule_7_notices_a_state_without_gradient_under_checkpointing(monkeypatch) -> None:
+    layer = modeling_dynmoe.DynMoeDecoderLayer.forward
+
+    def losing_the_state(self: nn.Module, hidden: Tensor, state: Tensor | None = None, **kwargs: Any) -> Any:
+        state = state.detach() if state is not None and self.gradient_checkpointing else state
+        return layer(self, hidden, state, **kwargs)
+
+    monkeypatch.setattr(modeling_dynmoe.DynMoeDecoderLayer, "forward", losing_the_state)
+    with pytest.raises(AssertionError):
+        contract.rule_7_checkpointing_and_modes({"method": "rmoe", "scorer": {"init": "uniform"}})

@@ -81,15 +81,15 @@ class BudgetController(nn.Module):
         self.integral = nn.Buffer(torch.zeros((len(initial),) if options.scope == "layer" else (), dtype=torch.float32))
         # Counts since the last update: experts used in each layer, then tokens. No buffer, because data-parallel
         # training would overwrite it with the one of the first process.
-        self.counts: Tensor | None = None
-        self.num_calls = 0
+        self.counts: Tensor | None
+        self.forget()
 
     @torch.no_grad()
     def count(self, used: list[Tensor], num_tokens: Tensor | int) -> None:
         """Add one training forward: experts that all its tokens used in each layer, scalars, and its real tokens."""
         device = used[0].device
         parts = [torch.as_tensor(part, device=device).to(device, torch.float32) for part in (*used, num_tokens)]
-        counts = torch.stack(parts).to(torch.float32 if device.type == "mps" else torch.float64)
+        counts = torch.stack(parts).to(_count_dtype(device))
         self.counts = counts if self.counts is None else self.counts.to(device) + counts
         if torch.compiler.is_compiling():
             return  # a compiled forward would be compiled again for every number of calls
@@ -112,12 +112,17 @@ class BudgetController(nn.Module):
         """
         counts = self.counts
         if counts is None:
-            counts = torch.zeros(len(self.initial) + 1, dtype=torch.float64, device=self.integral.device)
-        self.counts, self.num_calls = None, 0
+            device = self.integral.device
+            counts = torch.zeros(len(self.initial) + 1, dtype=_count_dtype(device), device=device)
+        self.forget()
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(counts)
         *used, num_tokens = counts.tolist()
         return None if num_tokens == 0 else self.step([number / num_tokens for number in used])
+
+    def forget(self) -> None:
+        """Drop what has been counted, as after a step that was never completed."""
+        self.counts, self.num_calls = None, 0
 
     def step(self, used: list[float]) -> list[float]:
         """One step of the loop, from the mean experts of each layer to its threshold."""
@@ -129,8 +134,9 @@ class BudgetController(nn.Module):
         wanted = []
         for index, (error, integral) in enumerate(zip(errors, integrals, strict=True)):
             moved = options.gain_p * error + options.gain_i * (integral + error)
-            threshold = self.initial[index] + moved
-            outward = (threshold > options.p_max and error > 0) or (threshold < options.p_min and error < 0)
+            starts = self.initial if options.scope == "global" else [self.initial[index]]
+            held_up, held_down = min(starts) + moved > options.p_max, max(starts) + moved < options.p_min
+            outward = (held_up and error > 0) or (held_down and error < 0)
             integrals[index] = integral if outward else integral + error
             wanted.append(moved)
         self.integral.copy_(torch.tensor(integrals).view_as(self.integral))
@@ -144,6 +150,10 @@ class BudgetController(nn.Module):
     def init_weights(self, std: float) -> None:
         """Fill the buffer."""
         init.zeros_(self.integral)
+
+
+def _count_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
 @functools.cache

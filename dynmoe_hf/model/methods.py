@@ -310,9 +310,10 @@ def num_choices(spec: RoutingSpec, config: Any) -> int:
 
 def initial_threshold(spec: RoutingSpec, config: Any) -> float:
     """Where a controlled threshold starts: `p`, or where each router would use its share of the target."""
-    if spec["selector"]["p"] is not None:
-        return float(spec["selector"]["p"])
-    return gaussian_threshold(config.num_experts, spec["controller"]["target"] ** (1 / len(banks(spec))))
+    controller, start = spec["controller"], spec["selector"]["p"]
+    if start is None:
+        start = gaussian_threshold(config.num_experts, controller["target"] ** (1 / len(banks(spec))))
+    return float(min(max(start, controller["p_min"]), controller["p_max"]))
 
 
 def check(spec: RoutingSpec, config: Any) -> None:

@@ -146,8 +146,15 @@ def _successor(block: DynMoeBlock, old: DynMoeConfig, new: DynMoeConfig) -> tupl
 
 @torch.no_grad()
 def _keep_state(new: nn.Module, old: nn.Module) -> None:
-    """Take over every tensor that both have in the same shape."""
-    state = old.state_dict()
-    for name, value in new.state_dict().items():
-        if name in state and state[name].shape == value.shape:
-            value.copy_(state[name])
+    """Take over the state that both have in the same shape: buffers by value, parameters themselves.
+
+    An optimizer holds the old parameters, and goes on training them.
+    """
+    parameters, buffers = dict(old.named_parameters()), dict(old.named_buffers())
+    for name, buffer in new.named_buffers():
+        if name in buffers and buffers[name].shape == buffer.shape:
+            buffer.copy_(buffers[name])
+    for name, parameter in list(new.named_parameters()):
+        if name in parameters and parameters[name].shape == parameter.shape:
+            module, _, attribute = name.rpartition(".")
+            setattr(new.get_submodule(module), attribute, parameters[name])

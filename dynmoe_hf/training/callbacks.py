@@ -1,4 +1,4 @@
-"""What the Trainer logs about routing."""
+"""What the Trainer does and logs beside its own: controllers move, routing is counted."""
 
 from __future__ import annotations
 
@@ -9,12 +9,83 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dynmoe_hf.analysis.statistics import RoutingStatistics, RoutingSummary
+from dynmoe_hf.model.controllers import BudgetController
 
 if TYPE_CHECKING:
     from dynmoe_hf.model import DynMoePreTrainedModel
 
 
-class RoutingCallback(TrainerCallback):
+class LogCallback(TrainerCallback):
+    """Base of the callbacks that add to logs.
+
+    As one of `Trainer(callbacks=[...])` it reaches the log history (`trainer_state.json`), the metrics and the progress
+    bar. For reporters (`report_to`) see `put_first`.
+    """
+
+    def put_first(self, trainer: Trainer) -> None:
+        """Give this callback to a trainer that does not have it, in front of all others.
+
+        The Trainer calls reporters before the callbacks that it was given, and each of them reports a log as it finds
+        it: what a later callback adds would not reach TensorBoard.
+        """
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    def metrics_for(self, logs: dict[str, float], model: DynMoePreTrainedModel) -> dict[str, float]:
+        """What a log gains."""
+        raise NotImplementedError
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        model: DynMoePreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
+        """Extend a log, and its copy in the log history."""
+        added = self.metrics_for(logs, model)
+        logs.update(added)
+        state.log_history[-1].update(added)
+
+
+class ControllerCallback(LogCallback):
+    """Moves the controller of the model after every optimizer step: `Trainer(..., callbacks=[ControllerCallback()])`.
+
+    A training log gains `threshold`, where the controlled selectors stop from now on, a mean over their layers. For a
+    model without a controller nothing happens.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: DynMoePreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
+        """Forget the passes of a step that was never completed, as when `auto_find_batch_size` ran out of memory."""
+        for module in model.modules():
+            if isinstance(module, BudgetController):
+                module.forget()
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: DynMoePreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
+        """Close the step, before a checkpoint of it is saved."""
+        model.update_controllers()
+
+    def metrics_for(self, logs: dict[str, float], model: DynMoePreTrainedModel) -> dict[str, float]:
+        thresholds = model.thresholds().values() if "loss" in logs else []
+        return {"threshold": sum(thresholds) / len(thresholds)} if thresholds else {}
+
+
+class RoutingCallback(LogCallback):
     """Adds to every log what the model routed since the last one.
 
     A training log gains `experts_per_token`, `dead_experts` (experts, counted in every layer, that no token used),
@@ -24,8 +95,7 @@ class RoutingCallback(TrainerCallback):
     `eval_perplexity` and, if the bytes are known, the `eval_bits_per_byte` of that lm_loss. Sequences that a
     distributed evaluation repeats to fill its last batch count twice.
 
-    It works as `Trainer(model, callbacks=[RoutingCallback(model)], ...)`: its numbers are then in the log history
-    (`trainer_state.json`), the metrics and the progress bar. For reporters (`report_to`) see `put_first`.
+    It works as `Trainer(model, callbacks=[RoutingCallback(model)], ...)`.
 
     Args:
         model: the model that is trained.
@@ -41,35 +111,14 @@ class RoutingCallback(TrainerCallback):
         self.tokens_per_byte = tokens_per_byte
         self.per_layer = per_layer
 
-    def put_first(self, trainer: Trainer) -> None:
-        """Give this callback to a trainer that does not have it, in front of all others.
-
-        The Trainer calls reporters before the callbacks that it was given, and each of them reports a log as it finds
-        it: what a later callback adds would not reach TensorBoard.
-        """
-        trainer.callback_handler.callbacks.insert(0, self)
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forget what an aborted attempt of `auto_find_batch_size` has counted."""
         self.statistics.reset("train")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **kwargs: Any,
-    ) -> None:
-        """Extend a training or evaluation log, and its copy in the log history."""
-        if "loss" in logs:
-            added = self._training_metrics()
-        else:
-            added = self._evaluation_metrics(logs)
-        logs.update(added)
-        state.log_history[-1].update(added)
+    def metrics_for(self, logs: dict[str, float], model: DynMoePreTrainedModel) -> dict[str, float]:
+        return self._training_metrics() if "loss" in logs else self._evaluation_metrics(logs)
 
     def on_predict(
         self,

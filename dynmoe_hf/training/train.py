@@ -28,7 +28,7 @@ from dynmoe_hf.errors import user_errors
 from dynmoe_hf.model import DynMoeConfig
 
 from .arguments import DataArguments, DynMoeTrainingArguments, ModelArguments, to_yaml
-from .callbacks import RoutingCallback
+from .callbacks import ControllerCallback, RoutingCallback
 from .data import load_documents, pack
 from .tokenizer import load_tokenizer, train_tokenizer
 
@@ -81,6 +81,7 @@ def train(
             processing_class=tokenizer,
             data_collator=default_data_collator,
         )
+    ControllerCallback().put_first(trainer)
     callback = RoutingCallback(model, _tokens_per_byte(packed["validation"]), training_args.log_experts_per_layer)
     callback.put_first(trainer)
     if trainer.is_world_process_zero():

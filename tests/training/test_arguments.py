@@ -7,6 +7,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from dynmoe_hf import DynMoeConfig
+from dynmoe_hf.analysis.cost import count_cost
 from dynmoe_hf.errors import UserError
 from dynmoe_hf.training.arguments import help_text, parse_arguments, to_yaml
 from dynmoe_hf.training.corpus import CORPUS_NAME
@@ -193,7 +194,8 @@ def test_configs_of_the_repository_build_a_model(path):
     config = DynMoeConfig(**model_args.model, routing=model_args.routing)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert len(model.moe_blocks()) == config.num_hidden_layers
+    sparse = [layer for layer in range(config.num_hidden_layers) if config.is_sparse(layer)]
+    assert sorted({block.layer_idx for block in model.moe_blocks()}) == sparse
     assert data_args.block_size <= config.max_position_embeddings
     assert training_args.output_dir == f"runs/{path.stem}"
 
@@ -203,6 +205,31 @@ def test_tiny_configs_differ_in_routing_alone():
     for settings in (top_k, top_p):
         del settings["routing"], settings["output_dir"]
     assert top_k == top_p
+
+
+def test_cartesian_tiny_differs_from_top_k_tiny_in_its_experts_alone():
+    """And has as many FFN parameters, all of them and those of one token."""
+    settings, sizes = [], []
+    for name in ("top_k", "cartesian"):
+        path = CONFIGS / f"train/{name}_tiny.yaml"
+        settings.append(yaml.safe_load(path.read_text()))
+        del settings[-1]["model"], settings[-1]["routing"], settings[-1]["output_dir"]
+        model_args, _, _ = parse_arguments(["--use_cpu"], str(path))
+        config = DynMoeConfig(**model_args.model, routing=model_args.routing)
+        cost = count_cost(config)
+        ffn = cost.parameters["experts"] + cost.parameters["shared_experts"]
+        rest = cost.total_parameters - ffn - cost.parameters["router"] - cost.parameters["norms"]
+        sizes.append((rest, ffn, ffn - cost.total_parameters + cost.activity[0].parameters))
+    assert settings[0] == settings[1]
+    assert sizes[0] == sizes[1]
+
+
+def test_cartesian_model_and_train_config_of_the_paper_are_the_same():
+    model_args, _, _ = parse_arguments(["--use_cpu"], str(CONFIGS / "train/cartesian_paper.yaml"))
+    trained = DynMoeConfig(**model_args.model, routing=model_args.routing)
+    config = DynMoeConfig.from_pretrained(CONFIGS / "model/cartesian_paper.json")
+    for name in DynMoeConfig.__annotations__:
+        assert getattr(config, name) == getattr(trained, name), name
 
 
 def test_paper_config_has_the_size_of_the_paper():

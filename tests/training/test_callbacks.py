@@ -36,8 +36,8 @@ class Reporter(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def make_trainer(folder, callbacks=(), **changes) -> Trainer:
-    model = tiny_model(ROUTING)
+def make_trainer(folder, callbacks=(), routing=ROUTING, **changes) -> Trainer:
+    model = tiny_model(routing)
     settings = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -134,6 +134,17 @@ def test_per_layer_values_have_the_number_of_the_decoder_layer(tmp_path):
     per_layer = {name: value for name, value in metrics.items() if "/layer_" in name}
     assert set(per_layer) == {"eval_experts_per_token/layer_0", "eval_experts_per_token/layer_2"}
     assert sum(per_layer.values()) / 2 == pytest.approx(metrics["eval_experts_per_token"])
+
+
+def test_banks_of_a_cartesian_layer_are_logged_apart(tmp_path):
+    routing = {"method": "cartesian", "selector": {"k": 3}, "experts": {"second_selector": {"k": 1}}}
+    trainer = make_trainer(tmp_path, [lambda model: RoutingCallback(model, per_layer=True)], routing)
+    trainer.train()
+    for log, prefix in ((trainer.state.log_history[0], ""), (trainer.evaluate(), "eval_")):
+        per_layer = {name: value for name, value in log.items() if "/layer_" in name}
+        banks = {f"layer_{layer}_bank_{bank}": k for layer in (0, 2) for bank, k in enumerate((3, 1))}
+        assert per_layer == pytest.approx({f"{prefix}experts_per_token/{name}": k for name, k in banks.items()})
+        assert log[f"{prefix}experts_per_token"] == pytest.approx(2)
 
 
 def test_reporters_see_the_metrics_of_a_callback_put_first(tmp_path):

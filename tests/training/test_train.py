@@ -144,6 +144,16 @@ def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(workplace,
     assert not any(torch.equal(whole[name], start[name]) for name in whole if "proj" in name)
 
 
+def test_run_moves_and_logs_a_controlled_threshold(workplace, tmp_path):
+    flags = ("--routing", "dtop_p", "--logging_steps", 1, "--save_strategy", "no")
+    assert run_train(workplace, tmp_path / "out", *flags) == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    logged = [log["threshold"] for log in history if "loss" in log]
+    assert len(set(logged)) == 4
+    thresholds = AutoModelForCausalLM.from_pretrained(tmp_path / "out").thresholds()
+    assert thresholds == {layer: pytest.approx(logged[-1]) for layer in (0, 1)}
+
+
 def test_resumed_run_keeps_its_tokenizer(workplace, first_run, tmp_path):
     """Text may have changed since: a tokenizer trained again would be another one."""
     flags = ("--resume_from_checkpoint", first_run / "checkpoint-2", "--vocab_size", 280)

@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> None:
         print(text)
     else:
         blocks = model.moe_blocks()
-        _print(report, [f"{block.layer_idx}" + ("" if block.bank is None else f", bank {block.bank}") for block in blocks])
+        _print(
+            report, [f"{block.layer_idx}" + ("" if block.bank is None else f", bank {block.bank}") for block in blocks]
+        )
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ class LowRankOptions:
 
     rank: int | None = None
     intermediate_size: int | None = None
-    down_init_std: float | None = None
+    down_init_std: float | int | None = None
 
     def __post_init__(self) -> None:
         for name in ("rank", "intermediate_size"):

@@ -147,13 +147,11 @@ class TopK(Selector):
             best = ranking.sort(dim=-1, descending=True, stable=True).indices[:, :1]
             ranking = ranking.scatter(1, best, -torch.inf)
         order = ranking.sort(dim=-1, descending=True, stable=True).indices[:, : self.num_slots]  # (T, K)
-        if not self.options.norm_topk_prob:
-            weights = scores.gather(-1, order)
-        elif self.options.score_function == "softmax":
+        weights = scores.gather(-1, order)
+        if self.options.norm_topk_prob and self.options.score_function == "softmax":
             # Division by the sum gives the same weights, but leaves rounding errors as gradient of the other experts.
             weights = logits.gather(-1, order).softmax(-1)
-        else:
-            weights = scores.gather(-1, order)
+        elif self.options.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(order, weights * self.options.scale, logits, probs)
 
@@ -244,13 +242,14 @@ class TopP(Selector):
         return super().count_slots(options, config)
 
     def forward(self, logits: Tensor, context: RoutingContext) -> Routing:
-        probs = (logits if self.logit_norm is None else self.logit_norm(logits)).softmax(-1)
+        scaled = logits if self.logit_norm is None else self.logit_norm(logits)
+        probs = scaled.softmax(-1)
         sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
         mass = sorted_probs.cumsum(-1)
         keep = torch.ones_like(mass, dtype=torch.bool)
         # Rounding may carry the sum past 1, and p = 1 keeps every expert.
         keep[:, 1:] = mass[:, :-1].clamp_max(1.0) <= (self.threshold if self.controlled else self.options.p)
-        return keep_slots(logits, probs, sorted_probs, order, keep, self.num_slots, self.options.norm_topk_prob)
+        return keep_slots(logits, scaled, probs, order, keep, self.num_slots, self.options.norm_topk_prob)
 
     def init_weights(self, std: float) -> None:
         if self.controlled:
@@ -258,13 +257,21 @@ class TopP(Selector):
 
 
 def keep_slots(
-    logits: Tensor, probs: Tensor, sorted_probs: Tensor, order: Tensor, keep: Tensor, num_slots: int, normalize: bool
+    logits: Tensor, scaled: Tensor, probs: Tensor, order: Tensor, keep: Tensor, num_slots: int, normalize: bool
 ) -> Routing:
-    """The Routing in which tokens keep the experts that `keep` (T, E) marks, sorted by falling probability."""
+    """The Routing in which tokens keep the experts that `keep` (T, E) marks in their `order` (T, E) of preference.
+
+    Args:
+        logits: (T, E) raw scores.
+        scaled: (T, E) what `probs` is the softmax of.
+        normalize: weights of the kept experts sum to 1.
+    """
     keep, order = keep[:, :num_slots], order[:, :num_slots]
-    weights = sorted_probs[:, :num_slots].masked_fill(~keep, 0.0)
     if normalize:
-        weights = weights / weights.sum(-1, keepdim=True)
+        # The softmax over the kept ones: experts that are not kept have no gradient at all.
+        weights = scaled.gather(1, order).masked_fill(~keep, -inf).softmax(-1)
+    else:
+        weights = probs.gather(1, order).masked_fill(~keep, 0.0)
     return Routing(order.masked_fill(~keep, logits.shape[-1]), weights, logits, probs)
 
 
@@ -377,13 +384,13 @@ class Importance(Selector):
 
     def forward(self, logits: Tensor, context: RoutingContext) -> Routing:
         probs = logits.softmax(-1)
-        sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
+        order = probs.sort(dim=-1, descending=True, stable=True).indices
         rank = torch.arange(logits.shape[-1], device=logits.device)
         importance, token_loss = context.importance, None
         if self.importance_head is not None:
             importance, token_loss = self.importance_head(context.hidden_states, context.importance)
         keep = rank < self.num_wanted(importance, logits.shape[-1])[:, None]
-        routing = keep_slots(logits, probs, sorted_probs, order, keep, self.num_slots, self.options.norm_topk_prob)
+        routing = keep_slots(logits, logits, probs, order, keep, self.num_slots, self.options.norm_topk_prob)
         return routing._replace(token_loss=token_loss)
 
 

@@ -24,7 +24,8 @@ class LowRankExperts(nn.Module):
     """`down(act(gate_up (gate_down x)) * up x)`: SwiGLU experts with a factorised gate.
 
     Engines `reference`, `eager` and `ragged` are the ones of their names. transformers' own engines know only the fused
-    SwiGLU layout; for their names our grouped engine stands in, or `ragged` where the sizes are no multiples of 8.
+    SwiGLU layout; for their names our grouped engine stands in, or `ragged` for float64 and for sizes that are no
+    multiples of 8.
     """
 
     def __init__(self, options: LowRankOptions, config: Any) -> None:
@@ -38,14 +39,15 @@ class LowRankExperts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(self.num_experts, width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
         self.act_fn = ACT2FN[config.hidden_act]
-        aligned = all(size % 8 == 0 for size in (hidden_size, rank, width))
-        self.default_engine = grouped_experts if aligned else ragged_experts
+        self.is_aligned = all(size % 8 == 0 for size in (hidden_size, rank, width))
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, activations: Tensor | None = None
     ) -> Tensor:
         """(T, D), expert ids (T, K), weights (T, K), activations of these experts (T, K, r) or None -> (T, D)."""
-        engine = ENGINES.get(self.config._experts_implementation, self.default_engine)
+        can_group = self.is_aligned and hidden_states.dtype != torch.float64
+        default = grouped_experts if can_group else ragged_experts
+        engine = ENGINES.get(self.config._experts_implementation, default)
         return engine(self, hidden_states, top_k_index, top_k_weights, activations)
 
     def expert_ffn(self, linear: Linear, rows: Tensor, activations: Tensor | None = None) -> Tensor:
@@ -60,18 +62,16 @@ class LowRankExperts(nn.Module):
 
         `select` gives the gradient back to those that are used.
         """
-        hidden_states, weight = cast_for_autocast(hidden_states, self.gate_down_proj)
         if torch.compiler.is_compiling():  # the compiler decides itself what it keeps
-            activations = _project(hidden_states, weight)
+            activations = _project(*cast_for_autocast(hidden_states, self.gate_down_proj))
             return _norm(activations), activations
-        return _ActivationNorms.apply(hidden_states, weight)
+        return _ActivationNorms.apply(hidden_states, self.gate_down_proj)
 
     def select(self, hidden_states: Tensor, activations: Tensor, token: Tensor, expert: Tensor) -> Tensor:
         """Activations (P, r) of the pairs (token, expert), each (P,), out of all (T, E, r), with their gradient."""
         if torch.compiler.is_compiling():
             return activations[token, expert]
-        hidden_states, weight = cast_for_autocast(hidden_states, self.gate_down_proj)
-        return _SelectedActivations.apply(hidden_states, weight, activations, token, expert)
+        return _SelectedActivations.apply(hidden_states, self.gate_down_proj, activations, token, expert)
 
     def init_weights(self, std: float) -> None:
         """Fill every parameter."""
@@ -92,31 +92,32 @@ def _norm(activations: Tensor) -> Tensor:
 
 
 class _ActivationNorms(torch.autograd.Function):
-    """`(hidden_states, weight) -> (norms, activations)`, which keeps its inputs only."""
+    """`(hidden_states, weight) -> (norms, activations)`, which keeps its inputs only, as they came."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        activations = _project(hidden_states, weight)
+        activations = _project(*cast_for_autocast(hidden_states, weight))
         norms = _norm(activations)
         ctx.save_for_backward(hidden_states, weight)
+        ctx.dtype = activations.dtype
         ctx.mark_non_differentiable(activations)
         return norms, activations
 
     @staticmethod
     def backward(ctx: Any, grad_norms: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         hidden_states, weight = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.zeros_like(hidden_states), torch.zeros_like(weight)
+        grad_hidden, grad_weight = _zeros_to_sum(hidden_states), torch.zeros_like(weight)
         for expert in range(weight.shape[0]):
             # Without a loss over all experts, only tokens that use this one have a gradient here.
             rows = grad_norms[:, expert].nonzero().squeeze(-1)
-            inputs = hidden_states[rows]
-            activations = F.linear(inputs, weight[expert])
+            inputs, own = hidden_states[rows].to(ctx.dtype), weight[expert].to(ctx.dtype)
+            activations = F.linear(inputs, own)
             norms = _norm(activations)
             scale = torch.where(norms > 0, grad_norms[rows, expert] / norms, 0.0)
-            grad = (scale[:, None] * activations).to(weight.dtype)
+            grad = (scale[:, None] * activations).to(ctx.dtype)
             grad_weight[expert] = grad.t() @ inputs
-            grad_hidden.index_add_(0, rows, grad @ weight[expert])
-        return grad_hidden, grad_weight
+            grad_hidden.index_add_(0, rows, (grad @ own).to(grad_hidden.dtype))
+        return grad_hidden.to(hidden_states.dtype), grad_weight
 
 
 class _SelectedActivations(torch.autograd.Function):
@@ -132,10 +133,15 @@ class _SelectedActivations(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden_states, weight, token, expert = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.zeros_like(hidden_states), torch.zeros_like(weight)
+        grad_hidden, grad_weight = _zeros_to_sum(hidden_states), torch.zeros_like(weight)
         for index in range(weight.shape[0]):
             pairs = (expert == index).nonzero().squeeze(-1)
             grad, rows = grad_output[pairs], token[pairs]
-            grad_weight[index] = grad.t() @ hidden_states[rows]
-            grad_hidden.index_add_(0, rows, grad @ weight[index])
-        return grad_hidden, grad_weight, None, None, None
+            grad_weight[index] = grad.t() @ hidden_states[rows].to(grad.dtype)
+            grad_hidden.index_add_(0, rows, (grad @ weight[index].to(grad.dtype)).to(grad_hidden.dtype))
+        return grad_hidden.to(hidden_states.dtype), grad_weight, None, None, None
+
+
+def _zeros_to_sum(tensor: Tensor) -> Tensor:
+    """Zeros of the same shape, precise enough to add many terms up."""
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))

@@ -346,8 +346,8 @@ def _check_router(spec: RoutingSpec, config: Any) -> None:
         )
     if spec["selector"].get("statistic") == LEARNED and not spec["losses"]["importance"]:
         raise ValueError(
-            "The statistic 'learned' is trained by the loss 'importance': give it a coefficient in routing.losses, e.g. "
-            "0.01."
+            "The statistic 'learned' is trained by the loss 'importance': give it a coefficient in routing.losses, for "
+            "example 0.01."
         )
     controlled = spec["controller"]["type"] != "none"
     if controlled and not selector.has_threshold:

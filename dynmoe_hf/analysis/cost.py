@@ -80,7 +80,7 @@ def count_cost(
         config: a valid configuration; its `dtype`, float32 if it has none, is that of the weights.
         experts_per_token: mean number of experts, 0 ... E, of every router; a cartesian layer has two. None takes from
             each router what its selector is bound to use; if that is not fixed for some router, the cost is given for
-            1, for 2 and for the most experts there.
+            1, for 2, for the target of a controller, and for the most experts there.
         sequence_length: at least 1; None takes `max_position_embeddings`.
 
     Raises:
@@ -173,11 +173,13 @@ def _notes(blocks: list[DynMoeBlock]) -> tuple[str, ...]:
     )
 
 
-def _experts_per_layer(blocks: list[DynMoeBlock]) -> list[list[int]]:
+def _experts_per_layer(blocks: list[DynMoeBlock]) -> list[list[float]]:
     """For each point of the count, the experts of a token at each router."""
     selectors = [block.selector for block in blocks]
     caps = [selector.num_slots for selector in selectors if not selector.fills_every_slot]
-    points = sorted({min(point, max(caps)) for point in (1, 2, max(caps))}) if caps else [0]
+    flat = [block.spec["controller"] for block in blocks if block.bank is None]
+    targets = [controller["target"] for controller in flat if controller["type"] == "budget"]
+    points = sorted({min(point, max(caps)) for point in (1, 2, *targets, max(caps))}) if caps else [0]
     return [
         [each.num_slots if each.fills_every_slot else min(point, each.num_slots) for each in selectors]
         for point in points

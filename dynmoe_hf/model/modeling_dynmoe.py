@@ -163,7 +163,6 @@ class DynMoePreTrainedModel(RoutingChanges, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DynMoeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "shared_scorers"]
-    _keep_in_fp32_modules_strict = ["threshold", "controller"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

@@ -44,8 +44,10 @@ class RoutingChanges:
         config.change_routing(changes, layers)
         changed = [(block, *_successor(block, self.config, config)) for block in self.moe_blocks()]
         controller = build_controller(config)
-        if controller is not None and self.base_model.controller is not None:
-            _keep_state(controller, self.base_model.controller)
+        if controller is not None:
+            controller.to(self.device)
+            if self.base_model.controller is not None:
+                _keep_state(controller, self.base_model.controller)
         self.config.change_routing(changes, layers)
         self.base_model.controller = controller
         for block, spec, selector in changed:
@@ -126,7 +128,7 @@ def _successor(block: DynMoeBlock, old: DynMoeConfig, new: DynMoeConfig) -> tupl
     """What a changed config makes of a block: its specification, and its selector with the state that the old one had.
 
     Raises:
-        ValueError: if the scorer or the experts would change.
+        ValueError: if the scorer or the experts would change, or the selector would need new parameters.
     """
     layer_spec, layer_before = new.routing_for(block.layer_idx), old.routing_for(block.layer_idx)
     for axis in ("scorer", "experts"):
@@ -139,6 +141,12 @@ def _successor(block: DynMoeBlock, old: DynMoeConfig, new: DynMoeConfig) -> tupl
     for module in selector.modules():
         if hasattr(module, "init_weights"):
             module.init_weights(new.initializer_range)
+    known = dict(block.selector.named_parameters())
+    if added := [name for name, _ in selector.named_parameters() if name not in known]:
+        raise ValueError(
+            f"The selector of layer {block.layer_idx} would need parameters that the model does not have, "
+            f"{', '.join(added)}. Build a new model with that routing, or load a checkpoint with it."
+        )
     _keep_state(selector, block.selector)
     reference = next(block.parameters())
     return bank_spec(layer_spec, block.bank), selector.to(reference.device).train(block.training)

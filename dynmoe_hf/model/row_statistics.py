@@ -84,6 +84,13 @@ class Visibility(NamedTuple):
             mask=mask,
         )
 
+    def reach(self, rows: slice) -> slice:
+        """Keys outside of which these queries see none; all keys, where a cache or a mask does not tell at once."""
+        num_queries, num_keys = self.query_positions.shape[0], self.key_positions.shape[0]
+        if self.mask is not None or num_queries != num_keys:
+            return slice(0, num_keys)
+        return slice(0 if self.window is None else max(0, rows.start - self.window + 1), min(rows.stop, num_keys))
+
     def block(self, rows: slice) -> Tensor:
         """(B or 1, 1 or H, rows, N) bool: the keys that these queries see."""
         if self.mask is not None:
@@ -125,9 +132,11 @@ def row_statistics(
     with without_autocast(query.device.type):
         for start in range(0, query.shape[2], block_size):
             rows = slice(start, start + block_size)
-            logits = _logits(query[:, :, rows].to(dtype) * scaling, key)
-            own_key = visibility.query_positions[rows] - visibility.key_positions[0]
-            importance.append(_statistic(statistic, logits, visibility.block(rows), own_key).mean(1))
+            keys = visibility.reach(rows)
+            logits = _logits(query[:, :, rows].to(dtype) * scaling, key[:, :, keys])
+            own_key = visibility.query_positions[rows] - visibility.key_positions[keys][0]
+            visible = visibility.block(rows)[..., keys]
+            importance.append(_statistic(statistic, logits, visible, own_key).mean(1))
     return torch.cat(importance, dim=1)
 
 

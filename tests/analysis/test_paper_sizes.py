@@ -141,3 +141,19 @@ def test_da_moe_pays_for_the_row_statistics() -> None:
     assert plain.parameters == dynamic.parameters
     for first, second in zip(plain.activity, dynamic.activity, strict=True):
         assert second.flops - first.flops == 3 * 2 * 4 * 16 * 50
+
+
+def test_dtop_p_is_counted_at_its_target() -> None:
+    """The 64-expert model of the paper: 1.3 B active of 6.9 B."""
+    cost = cost_of(
+        routing={"method": "dtop_p", "controller": {"target": 8}},
+        vocab_size=50304,
+        hidden_size=2048,
+        moe_intermediate_size=1024,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_experts=64,
+    )
+    assert cost.total_parameters == pytest.approx(6.9e9, rel=5e-3)
+    assert [point.experts_per_token for point in cost.activity] == [1, 2, 8, 64]
+    assert cost.activity[2].parameters == pytest.approx(1.3e9, rel=2e-2)

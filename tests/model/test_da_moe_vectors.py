@@ -1,11 +1,9 @@
 """Selector, layer and loss of DA-MoE against an independent float64 computation, loops and an example worked by hand.
 
-The file is described in `tests/vectors/README.md`. The importance itself is compared in test_row_statistics.py, which
-also checks that the file is the recorded one.
+The file is described in `tests/vectors/README.md`. The importance itself is compared in test_row_statistics.py.
 """
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +16,10 @@ from dynmoe_hf.model.modeling_dynmoe import DynMoeBlock, build_experts
 from dynmoe_hf.model.routing import Routing, RoutingContext
 from dynmoe_hf.model.row_statistics import Visibility, row_statistics
 from tests.model.test_da_moe import LEFT_PADDED, LENGTH, da_moe, random_logits, select
+from tests.recorded import FOLDER
 from tests.tiny import ENGINES, tiny_config, tiny_model, tokens
 
-FILE = Path(__file__).parents[1] / "vectors" / "da_moe_ref_f64.safetensors"
+FILE = FOLDER / "da_moe_ref_f64.safetensors"
 STATISTICS = ("row_max", "row_max_norm", "row_entropy")
 ALIGNED = ("grouped_mm",)  # needs widths that are multiples of four; the recorded experts are 10 wide
 WEIGHTS = {"raw": False, "renorm": True}

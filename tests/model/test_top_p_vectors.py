@@ -1,16 +1,11 @@
 """Our top-p models against tensors recorded from the official Dynamic_MoE code (`tests/vectors/README.md`)."""
 
-import hashlib
-import json
 import re
 from collections import defaultdict
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -19,48 +14,11 @@ from dynmoe_hf.model import attention
 from dynmoe_hf.model.expert_selectors import TopP, TopPOptions
 from dynmoe_hf.model.losses import TokenWeights, entropy, load_balance
 from dynmoe_hf.model.routing import Routing, RoutingContext
+from tests.recorded import CLOSE, LOWEST, Vectors, vectors
 from tests.tiny import ENGINES
 
-FOLDER = Path(__file__).parents[1] / "vectors"
 MODELS = ("topp_all_moe_p040", "topp_interleaved_p070")
 ENGINE_CASES = [(MODELS[0], engine) for engine in ENGINES] + [(MODELS[1], "ragged")]
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-LOWEST = torch.finfo(torch.float32).min
-
-
-class Vectors(dict[str, Tensor]):
-    """The tensors of one file by name, and the official configuration from its metadata."""
-
-    def __init__(self, name: str) -> None:
-        with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
-            super().__init__({key: file.get_tensor(key) for key in file.keys()})
-            self.official: dict[str, Any] = json.loads(file.metadata()["json"]).get("config", {})
-
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in self.items() if key.startswith(prefix)}
-
-    def layer(self, layer: int, name: str) -> Tensor:
-        """A recorded activation, its B and S flattened to T."""
-        return self[f"act.layers.{layer}.{name}"].flatten(0, 1)
-
-    @property
-    def real(self) -> Tensor:
-        return self["in.attention_mask"].bool()
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        batch_size, sequence_length = self["in.input_ids"].shape
-        # The official code numbered every row from 0, the left-padded one too.
-        position_ids = torch.arange(sequence_length).expand(batch_size, -1)
-        return {"input_ids": self["in.input_ids"], "position_ids": position_ids}
-
-    @property
-    def official_mask(self) -> Tensor:
-        """(B, 1, S, S), the causal and the padding mask of the official code, added up. Being 4-D, it lets our padding
-        be routed like any token, as there."""
-        causal = torch.full((self.real.shape[1],) * 2, LOWEST).triu(1)
-        padding = torch.zeros(self.real.shape).masked_fill(~self.real, LOWEST)
-        return causal + padding[:, None, None, :]
 
 
 def official_attention(
@@ -69,11 +27,6 @@ def official_attention(
     """Attention as the official code clamps it: the gradient of a padding row follows `max`, not its first argument."""
     scores = torch.max(query @ key.transpose(2, 3) * scaling + mask, torch.tensor(LOWEST))
     return (scores.softmax(-1) @ value).transpose(1, 2), None
-
-
-@cache
-def vectors(name: str) -> Vectors:
-    return Vectors(name)
 
 
 def our_name(official: str) -> str:
@@ -124,12 +77,6 @@ def assert_same_choice(routing: Routing, sorted_indices: Tensor, rows: Tensor | 
 def top_p(num_experts: int, **options: Any) -> TopP:
     config = DynMoeConfig(num_experts=num_experts, routing={"method": "top_p", "selector": options})
     return TopP(TopPOptions(**options), config)
-
-
-def test_files_are_the_ones_that_the_readme_describes() -> None:
-    described = re.findall(r"`([\w.]+\.safetensors)`.*?`([0-9a-f]{64})`", (FOLDER / "README.md").read_text())
-    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in FOLDER.glob("topp_*.safetensors")}
-    assert found.items() <= dict(described).items()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -93,3 +93,31 @@ def test_a_changed_routing_is_saved(tmp_path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(tokens(2, 8)).logits, model(tokens(2, 8)).logits)
     assert loaded.config.routing_for(2)["selector"]["p"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [
+        ({"selector": {"standardize": True}}, "logit_norm.theta"),
+        (
+            {"selector": {"type": "importance", "statistic": "learned"}, "losses": {"importance": 0.01}},
+            "importance_head.weight",
+        ),
+    ],
+)
+def test_a_selector_with_new_parameters_is_refused_in_a_model_and_taken_on_load(changes, parameter, tmp_path) -> None:
+    model = tiny_model("top_p")
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match=parameter):
+        model.set_routing(**changes)
+    assert model.config.to_dict() == before
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, routing=changes)
+    assert any(name.endswith(parameter) for name, _ in loaded.named_parameters())
+    assert all(value.isfinite().all() for value in loaded.parameters())
+
+
+def test_the_state_of_a_scorer_passes_a_layer_with_another_one() -> None:
+    model = tiny_model("rmoe", mlp_layer_types=["sparse"] * 3, layer_routing={1: {"scorer": "linear"}})
+    first, second, third = model(tokens(1, 5), output_routing=True).routing
+    assert torch.equal(first.state, second.state) and not torch.equal(second.state, third.state)

@@ -98,7 +98,7 @@ def _type_name(annotation: Any) -> str:
 def _print_list(methods: list[dict[str, Any]]) -> None:
     table = new_table("method", "parts", "what it does, and where it comes from")
     for method in methods:
-        parts = "\n".join(f"{part['type']} {axis}" for axis, part in method["parts"].items())
+        parts = "\n".join(f"{part['type']} {axis}" for axis, part in method["parts"].items() if part["type"] != "none")
         table.add_row(method["name"], parts, f"{method['title']}\n{method['paper']}", end_section=True)
     console = new_console()
     console.print(table)

@@ -270,7 +270,8 @@ class DynMoeModel(DynMoePreTrainedModel):
             output_routing: return the Routing of every router.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for a paged cache, if a selector
+                reads attention.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -284,6 +285,11 @@ class DynMoeModel(DynMoePreTrainedModel):
         token_mask = real_tokens(attention_mask, batch_size, sequence_length)
         masks = self._attention_masks(hidden_states, attention_mask, past_key_values, position_ids)
         visibilities = self._visibilities(hidden_states, attention_mask, past_key_values, position_ids)
+        if visibilities and "cache" in kwargs:
+            raise ValueError(
+                "Routing by attention does not work with the paged cache of continuous batching, whose keys only the "
+                "attention kernel sees: use generate() instead of generate_batch()."
+            )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         count = self.controller is not None and self.training and torch.is_grad_enabled()
         token_mask = None if token_mask is None else token_mask.reshape(-1)

@@ -17,7 +17,7 @@ from dynmoe_hf.model.compat import ExpertsInterface
 from dynmoe_hf.model.modeling_dynmoe import DynMoeBlock
 from dynmoe_hf.model.routing import RoutingContext
 from tests.model.plain_aoe import balance, gradients, inputs_for, leaves_of, make_block, plain_block
-from tests.tiny import ENGINES
+from tests.tiny import ENGINES, NEEDS_COMPILED_GROUPED_MM
 
 # Every name that transformers knows, among them engines that other machines have.
 ENGINE_NAMES = sorted({*ENGINES, *ExpertsInterface().valid_keys()})
@@ -100,6 +100,7 @@ def test_gradients_by_finite_differences(engine: str, masked: bool) -> None:
     assert gradcheck(run, (inputs_for(block, 3), *block.parameters()))
 
 
+@NEEDS_COMPILED_GROUPED_MM
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_graph_when_compiled(masked: bool) -> None:
     block = make_block("grouped_mm", torch.float32)

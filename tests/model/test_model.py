@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-import transformers
-from packaging import version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, StaticCache, pipeline
 
 from dynmoe_hf import DynMoeForCausalLM
 from dynmoe_hf.model.methods import METHODS
-from tests.tiny import all_routings, tiny_config, tiny_model, tokens
+from tests.tiny import NEEDS_COMPILED_GROUPED_MM, all_routings, tiny_config, tiny_model, tokens
 
 
 @pytest.mark.parametrize("name", all_routings())
@@ -173,11 +171,7 @@ def test_a_checkpointed_layer_keeps_the_gradient_of_the_losses() -> None:
             torch.testing.assert_close(gradient, expected)
 
 
-needs_grouped_backward = pytest.mark.skipif(
-    version.parse(transformers.__version__) < version.parse("5.23"),
-    reason="the backward pass of the compiled grouped_mm fails inside transformers before 5.23",
-)
-COMPILED = [pytest.param(method, "grouped_mm", marks=needs_grouped_backward) for method in METHODS]
+COMPILED = [pytest.param(method, "grouped_mm", marks=NEEDS_COMPILED_GROUPED_MM) for method in METHODS]
 
 
 @pytest.mark.parametrize(("method", "engine"), [*COMPILED, ("top_k", "batched_mm"), ("top_p", "batched_mm")])
@@ -192,6 +186,12 @@ def test_compiles_as_one_graph(method: str, engine: str) -> None:
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-5)
     output.loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_paged_cache_is_refused_where_routing_reads_attention() -> None:
+    """Continuous batching hands its cache to the attention kernel; the model never sees the keys."""
+    with pytest.raises(ValueError, match="generate_batch"):
+        tiny_model("da_moe")(tokens(1, 4), cache=object(), use_cache=False)
 
 
 @pytest.mark.parametrize("method", METHODS)

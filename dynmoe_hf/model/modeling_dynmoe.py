@@ -280,20 +280,15 @@ class DynMoeModel(DynMoePreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch_size, sequence_length = hidden_states.shape[:2]
         if position_ids is None:
-            start = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(sequence_length, device=hidden_states.device) + start)[None]
+            position_ids = _next_positions(past_key_values, sequence_length, hidden_states.device)
         token_mask = real_tokens(attention_mask, batch_size, sequence_length)
+        token_mask = None if token_mask is None else token_mask.reshape(-1)
         masks = self._attention_masks(hidden_states, attention_mask, past_key_values, position_ids)
-        visibilities = self._visibilities(hidden_states, attention_mask, past_key_values, position_ids)
-        if visibilities and "cache" in kwargs:
-            raise ValueError(
-                "Routing by attention does not work with the paged cache of continuous batching, whose keys only the "
-                "attention kernel sees: use generate() instead of generate_batch()."
-            )
+        visibilities = self._visibilities(
+            hidden_states, attention_mask, past_key_values, position_ids, is_paged="cache" in kwargs
+        )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         count = self.controller is not None and self.training and torch.is_grad_enabled()
-        token_mask = None if token_mask is None else token_mask.reshape(-1)
-
         routings: list[Routing | None] = []
         router_state = None
         for layer in self.layers:
@@ -346,14 +341,28 @@ class DynMoeModel(DynMoePreTrainedModel):
         }
 
     def _visibilities(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        position_ids: Tensor,
+        is_paged: bool,
     ) -> dict[int | None, Visibility]:
-        """Sliding window -> which keys are visible, for the windows of layers whose selector reads attention."""
+        """Sliding window -> which keys are visible, for the windows of layers whose selector reads attention.
+
+        Raises:
+            ValueError: if there are such layers and the cache is a paged one.
+        """
         layers = {
             layer.self_attn.sliding_window: layer.layer_idx
             for layer in reversed(self.layers)
             if layer.is_sparse and layer.mlp.statistic is not None
         }
+        if layers and is_paged:
+            raise ValueError(
+                "Routing by attention does not work with the paged cache of continuous batching, whose keys only the "
+                "attention kernel sees: use generate() instead of generate_batch()."
+            )
         batch_size, sequence_length = hidden_states.shape[:2]
         return {
             window: Visibility.build(
@@ -368,6 +377,12 @@ class DynMoeModel(DynMoePreTrainedModel):
             )
             for window, layer_idx in layers.items()
         }
+
+
+def _next_positions(cache: Cache | None, sequence_length: int, device: torch.device) -> Tensor:
+    """(1, S) positions after the cached ones."""
+    start = 0 if cache is None else cache.get_seq_length()
+    return (torch.arange(sequence_length, device=device) + start)[None]
 
 
 class DynMoeForCausalLM(DynMoePreTrainedModel, GenerationMixin):

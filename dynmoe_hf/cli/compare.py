@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from dynmoe_hf.errors import UserError
 
+from .folders import empty_folder
 from .tables import new_console, new_table
 
 RESULTS = "results.json"
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if len(configs) < len(args.configs):
         raise UserError("two of the files have the same name, which is the name of a run.")
     _check_runs(configs, args.rest)
-    _prepare(output, args.overwrite, set(configs))
+    empty_folder(output, {RESULTS, *configs}, "comparison", args.overwrite)
     results: dict[str, dict[str, Any]] = {}
     tokenizer: list[str] = []
     with redirect_stdout(sys.stderr) if args.json else nullcontext():
@@ -72,20 +72,6 @@ def _check_runs(configs: dict[str, str], flags: list[str]) -> None:
                     f"{key} is {value!r} in {name} and {first[key]!r} in {next(iter(configs))}: they would not see the "
                     f"same tokens. Give --{key} to set it for all."
                 )
-
-
-def _prepare(output: Path, overwrite: bool, names: set[str]) -> None:
-    """Leave an empty output folder, or refuse."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{str(output)!r} is a file.")
-    left = {entry.name for entry in output.iterdir()} if output.exists() else set()
-    if left and RESULTS not in left and not left <= names:
-        raise UserError(f"{str(output)!r} holds {min(left)!r}, not from a comparison; choose another --output.")
-    if left and not overwrite:
-        raise UserError(f"{str(output)!r} holds an earlier comparison; --overwrite deletes it.")
-    if left:
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
 
 
 def train_and_measure(config_file: str, folder: Path, flags: list[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from dynmoe_hf.errors import UserError
 
 from .compare import print_table, train_and_measure
+from .folders import empty_folder
 
 METHODS = ("top_k", "top_p")
 PROMPT = "def read_file(path):\n"
@@ -83,16 +83,8 @@ def _prepare(output: Path, overwrite: bool, steps: int) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError("the demo draws plots, which need matplotlib: pip install 'dynmoe-hf[demo]'") from error
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{str(output)!r} is a file.")
-    left = {entry.name for entry in output.iterdir()} if output.exists() else set()
-    if strange := left - {*FILES, *METHODS, *(f"{method}.yaml" for method in METHODS)}:
-        raise UserError(f"{str(output)!r} holds {min(strange)!r}, which is not from a demo; choose another --output.")
-    if left and not overwrite:
-        raise UserError(f"{str(output)!r} holds an earlier demo; --overwrite deletes it.")
-    if left:
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
+    own_names = {*FILES, *METHODS, *(f"{method}.yaml" for method in METHODS)}
+    empty_folder(output, own_names, "demo", overwrite)
 
 
 def _train_tokenizer(output: Path) -> Path:

@@ -60,9 +60,9 @@ def test_an_earlier_comparison_is_kept_unless_asked(folder: Path, capsys) -> Non
     (folder / "out" / "results.json").write_text("{}")
     assert compare(folder) == 2
     assert "--overwrite deletes it" in capsys.readouterr().err
-    (folder / "out" / "results.json").rename(folder / "out" / "precious.txt")
-    assert compare(folder, "--overwrite") == 2
-    assert "'precious.txt', not from a comparison" in capsys.readouterr().err
+    (folder / "out" / "precious.txt").write_text("mine")
+    assert compare(folder, "--overwrite") == 2, "results.json beside it does not make it ours"
+    assert "'precious.txt', which is not from a comparison" in capsys.readouterr().err
     assert (folder / "out" / "precious.txt").exists()
 
 

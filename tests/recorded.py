@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn import Module
 
 FOLDER = Path(__file__).parent / "vectors"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -52,3 +53,18 @@ class Vectors(dict[str, Tensor]):
 @cache
 def vectors(name: str) -> Vectors:
     return Vectors(name)
+
+
+def compare_prefill_and_one_cached_step(model: Module, recorded: Vectors) -> None:
+    """Logits of the first six positions with a cache, then of position seven alone."""
+
+    def part(start: int, end: int, cache: Any) -> Any:
+        inputs = {key: value[:, start:end] for key, value in recorded.inputs.items()}
+        seen = recorded["in.attention_mask"][:, :end]
+        return model(**inputs, attention_mask=seen, past_key_values=cache, use_cache=True)
+
+    prefill = part(0, 6, None)
+    step = part(6, 7, prefill.past_key_values)
+    real = recorded.real[:, :6]
+    torch.testing.assert_close(prefill.logits[real], recorded["out.prefill6_logits"][real], **CLOSE)
+    torch.testing.assert_close(step.logits, recorded["out.step7_cached_logits"], **CLOSE)

@@ -119,6 +119,13 @@ def tiny_model(
     return AutoModelForCausalLM.from_config(config, experts_implementation=engine).eval()
 
 
+def greedy(model: DynMoeForCausalLM, prompt: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The prompt (B, S) and its most probable continuation, by full forward passes without a cache."""
+    for _ in range(num_tokens):
+        prompt = torch.cat([prompt, model(prompt, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return prompt
+
+
 def tokens(*shape: int, seed: int = 1, vocab_size: int = 97) -> torch.Tensor:
     """Random token ids without the padding token 0."""
     return torch.randint(1, vocab_size, shape, generator=torch.Generator().manual_seed(seed))

@@ -58,6 +58,7 @@ class Method:
 
 LINEAR, SWIGLU = {"type": "linear"}, {"type": "swiglu"}
 BALANCE = {"load_balance": 1e-2}
+BALANCE_AND_ENTROPY = {"load_balance": 1e-2, "dynamic": 1e-4}
 
 METHODS: dict[str, Method] = {
     "top_k": Method(
@@ -72,7 +73,7 @@ METHODS: dict[str, Method] = {
             "scorer": LINEAR,
             "selector": {"type": "top_p", "p": 0.4},
             "experts": SWIGLU,
-            "losses": {"load_balance": 1e-2, "dynamic": 1e-4},
+            "losses": BALANCE_AND_ENTROPY,
         },
     ),
     "rmoe": Method(
@@ -126,7 +127,7 @@ METHODS: dict[str, Method] = {
             "scorer": {"type": "recurrent", "init": "uniform"},
             "selector": {"type": "top_p", "p": 0.4},
             "experts": SWIGLU,
-            "losses": {"load_balance": 1e-2, "dynamic": 1e-4},
+            "losses": BALANCE_AND_ENTROPY,
         },
         page="combinations",
     ),
@@ -137,7 +138,7 @@ METHODS: dict[str, Method] = {
             "scorer": {"type": "activation_norm"},
             "selector": {"type": "top_p", "p": 0.6},
             "experts": {"type": "low_rank"},
-            "losses": {"load_balance": 1e-2, "dynamic": 1e-4},
+            "losses": BALANCE_AND_ENTROPY,
         },
         page="combinations",
     ),
@@ -160,7 +161,7 @@ METHODS: dict[str, Method] = {
             "scorer": LINEAR,
             "selector": {"type": "top_p", "p": 0.4},
             "experts": {"type": "cartesian"},
-            "losses": {"load_balance": 1e-2, "dynamic": 1e-4},
+            "losses": BALANCE_AND_ENTROPY,
         },
         fields={"num_shared_experts": 1},
         page="combinations",

@@ -156,11 +156,12 @@ def received_attention(
     if key.shape[2] != query.shape[2]:
         return None
     dtype = torch.promote_types(query.dtype, torch.float32)
+    key = key.to(dtype)
     received = uniform = later = 0.0
     with without_autocast(query.device.type):
         for start in range(0, query.shape[2], block_size):
             rows = slice(start, start + block_size)
-            logits = _logits(query[:, :, rows].to(dtype) * scaling, key.to(dtype))
+            logits = _logits(query[:, :, rows].to(dtype) * scaling, key)
             visible = visibility.block(rows)
             if visibility.real_keys is not None:
                 visible = visible & visibility.real_keys[:, None, rows, None]

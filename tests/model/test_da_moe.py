@@ -22,7 +22,7 @@ from dynmoe_hf.model.expert_selectors import Importance, ImportanceOptions, TopK
 from dynmoe_hf.model.routing import Routing, RoutingContext
 from dynmoe_hf.model.row_statistics import STATISTICS, Visibility
 from tests.model.test_row_statistics import row_by_hand
-from tests.tiny import ENGINES, tiny_config, tiny_model, tokens
+from tests.tiny import ENGINES, greedy, tiny_config, tiny_model, tokens
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
@@ -343,10 +343,7 @@ def test_generate_equals_the_full_forward(cache_implementation: str) -> None:
     settings_ = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     generated = model.generate(prompt, attention_mask=mask, cache_implementation=cache_implementation, **settings_)
     for row, padding in ((0, 0), (1, 5)):
-        sequence = prompt[row : row + 1, padding:]
-        for _ in range(5):
-            sequence = torch.cat([sequence, model(sequence, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-        assert torch.equal(generated[row, padding:], sequence[0])
+        assert torch.equal(generated[row, padding:], greedy(model, prompt[row : row + 1, padding:], 5)[0])
 
 
 @pytest.mark.parametrize("padded", [False, True])

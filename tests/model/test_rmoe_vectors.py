@@ -16,7 +16,7 @@ from dynmoe_hf import DynMoeConfig, DynMoeForCausalLM
 from dynmoe_hf.model.routing import RoutingContext
 from dynmoe_hf.model.scorers import RecurrentCore, RecurrentOptions
 from tests.model.plain_rmoe import Tensors, mlp, padding_mask, pooled_balance, released_model, swiglu, under
-from tests.recorded import CLOSE, Vectors, vectors
+from tests.recorded import CLOSE, Vectors, compare_prefill_and_one_cached_step, vectors
 
 RECORDED = ("rmoe_gru", "rmoe_gru_shared")
 # Not recorded: the weights of a recorded model, used in another way.
@@ -258,18 +258,7 @@ def test_pooled_loss_over_real_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", RECORDED)
 def test_prefill_and_one_cached_step(name: str) -> None:
     case = case_of(name)
-    model = our_model(case)
-
-    def part(start: int, end: int, cache: Any) -> Any:
-        inputs = {key: value[:, start:end] for key, value in case.inputs.items()}
-        seen = case["in.attention_mask"][:, :end]
-        return model(**inputs, attention_mask=seen, past_key_values=cache, use_cache=True)
-
-    prefill = part(0, 6, None)
-    step = part(6, 7, prefill.past_key_values)
-    real = case.real[:, :6]
-    torch.testing.assert_close(prefill.logits[real], case["out.prefill6_logits"][real], **CLOSE)
-    torch.testing.assert_close(step.logits, case["out.step7_cached_logits"], **CLOSE)
+    compare_prefill_and_one_cached_step(our_model(case), case)
 
 
 @pytest.mark.parametrize("kind", ["gru", "rnn"])

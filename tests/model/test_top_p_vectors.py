@@ -14,7 +14,7 @@ from dynmoe_hf.model import attention
 from dynmoe_hf.model.expert_selectors import TopP, TopPOptions
 from dynmoe_hf.model.losses import TokenWeights, entropy, load_balance
 from dynmoe_hf.model.routing import Routing, RoutingContext
-from tests.recorded import CLOSE, LOWEST, Vectors, vectors
+from tests.recorded import CLOSE, LOWEST, Vectors, compare_prefill_and_one_cached_step, vectors
 from tests.tiny import ENGINES
 
 MODELS = ("topp_all_moe_p040", "topp_interleaved_p070")
@@ -155,18 +155,7 @@ def test_language_model_loss_and_its_gradients(name: str, engine: str, monkeypat
 @pytest.mark.parametrize(("name", "engine"), ENGINE_CASES)
 def test_prefill_and_one_cached_step(name: str, engine: str) -> None:
     recorded = vectors(name)
-    model = our_model(recorded, engine)
-
-    def part(start: int, end: int, cache: Any) -> Any:
-        inputs = {key: value[:, start:end] for key, value in recorded.inputs.items()}
-        seen = recorded["in.attention_mask"][:, :end]
-        return model(**inputs, attention_mask=seen, past_key_values=cache, use_cache=True)
-
-    prefill = part(0, 6, None)
-    step = part(6, 7, prefill.past_key_values)
-    real = recorded.real[:, :6]
-    torch.testing.assert_close(prefill.logits[real], recorded["out.prefill6_logits"][real], **CLOSE)
-    torch.testing.assert_close(step.logits, recorded["out.step7_cached_logits"], **CLOSE)
+    compare_prefill_and_one_cached_step(our_model(recorded, engine), recorded)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,10 +1,5 @@
 """Under the real Trainer, one optimizer step is the same however its sequences are cut into micro-batches."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
@@ -12,6 +7,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 from dynmoe_hf.model import modeling_dynmoe
 from dynmoe_hf.training.callbacks import RoutingCallback
+from tests.distributed import run_two_processes
 from tests.tiny import tiny_model, tokens
 
 LENGTHS = (16, 3, 9, 12, 5, 16, 7, 2)
@@ -123,10 +119,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.distributed
 def test_two_processes_are_one(tmp_path, undivided):
     """Two processes of two accumulated micro-batches of two sequences each; the logs are sums over both."""
-    (tmp_path / "step.py").write_text(DISTRIBUTED_STEP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, tmp_path / "step.py", tmp_path], env=environment, check=True, timeout=300)
+    run_two_processes(DISTRIBUTED_STEP, tmp_path)
     gradients, log = undivided["top_p"][0]
     for rank in range(2):
         cut_gradients, cut_log = torch.load(tmp_path / f"rank{rank}.pt")

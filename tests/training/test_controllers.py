@@ -1,10 +1,5 @@
 """Controllers under the real Trainer: one update for each optimizer step, however it is cut or distributed."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +7,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from dynmoe_hf.training.callbacks import ControllerCallback
+from tests.distributed import run_two_processes
 from tests.tiny import tiny_model, tokens
 from tests.training.test_accumulation import padded_sequences
 
@@ -186,9 +182,6 @@ torch.distributed.destroy_process_group()
 @pytest.mark.distributed
 def test_two_processes_are_one(tmp_path, undivided):
     """Two processes of two accumulated sequences each; the target is on the mean over both."""
-    (tmp_path / "run.py").write_text(DISTRIBUTED_RUN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, tmp_path / "run.py", tmp_path], env=environment, check=True, timeout=300)
+    run_two_processes(DISTRIBUTED_RUN, tmp_path)
     for rank in range(2):
         assert torch.load(tmp_path / f"rank{rank}.pt") == pytest.approx(undivided, abs=1e-6)

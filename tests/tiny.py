@@ -11,13 +11,14 @@ from packaging import version
 from transformers import AutoModelForCausalLM
 
 from dynmoe_hf import DynMoeConfig, DynMoeForCausalLM
+from dynmoe_hf.model import dispatch
 from dynmoe_hf.model.methods import METHODS, PARTS
 
 NEEDS_COMPILED_GROUPED_MM = pytest.mark.skipif(
     version.parse(transformers.__version__) < version.parse("5.23"),
     reason="the backward pass of the compiled grouped_mm fails inside transformers before 5.23",
 )
-ENGINES = ("reference", "eager", "ragged", "grouped_mm", "batched_mm")
+ENGINES = (*dispatch.ENGINES, "grouped_mm", "batched_mm")
 
 # Options that change what a part does, beyond its defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {

@@ -9,7 +9,9 @@ one:
 * padded: every token keeps its K slots and an unused one becomes expert 0 with weight 0. Shapes are static, as
   compilation needs them; the products of unused slots are paid for.
 
-Both give the same result. An engine of ours knows nothing of what an expert is: the layout's `expert_ffn(linear, rows,
+Both give the same result. `ragged` needs neither: it takes the K slots with the unused ones among them.
+
+`reference`, `eager` and `grouped` know nothing of what an expert is: the layout's `expert_ffn(linear, rows,
 activations)` writes its FFN down once, and the engine supplies `linear`, the product of rows with the weights of their
 experts. `activations` (T, K, r) is what low-rank experts have already computed when they chose (see
 low_rank_experts.py), None for all others.
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .compat import ExpertsInterface, grouped_linear
+from .ragged import ACTIVATION_NAMES, ACTIVATIONS, LAYOUTS, experts_operator
 from .routing import Routing
 
 Linear = Callable[[Tensor, Tensor], Tensor]  # rows (P, in) and weights (E, out, in) -> (P, out)
@@ -36,7 +39,7 @@ def run_experts(
     fills_every_slot: bool,
     activations: Tensor | None = None,
 ) -> Tensor:
-    """Weighted sum of the experts that every token uses, in the form that suits the moment.
+    """Weighted sum of the experts that every token uses, in the form that suits the engine and the moment.
 
     Args:
         experts: a layout module, called as `experts(hidden_states, expert_ids, weights)`.
@@ -48,9 +51,14 @@ def run_experts(
     Returns:
         (T, D). Every expert parameter and every routing weight takes part in the graph, even if no pair is used.
     """
-    if fills_every_slot or torch.compiler.is_compiling():
-        if hidden_states.shape[0] > 0:
-            return run_padded(experts, hidden_states, routing, activations)
+    compiling = torch.compiler.is_compiling()
+    if experts.config._experts_implementation in RAGGED:
+        # The number of pairs is unknown while compiling; room for all slots could be many times what they need.
+        options = {"recompute": True} if compiling and not fills_every_slot else {}
+        known = {} if activations is None else {"projected": activations}
+        return experts(hidden_states, routing.expert_ids, routing.weights, **known, **options)
+    if (fills_every_slot or compiling) and hidden_states.shape[0] > 0:
+        return run_padded(experts, hidden_states, routing, activations)
     return run_flat(experts, hidden_states, routing, activations)
 
 
@@ -64,7 +72,7 @@ def run_padded(
     num_tokens, num_slots = expert_ids.shape
     token = torch.arange(num_tokens, device=expert_ids.device).repeat_interleave(num_slots)
     selected = experts.select(hidden_states, activations, token, expert_ids.flatten())
-    return experts(hidden_states, expert_ids, routing.weights, selected.unflatten(0, expert_ids.shape))
+    return experts(hidden_states, expert_ids, routing.weights, activations=selected.unflatten(0, expert_ids.shape))
 
 
 def run_flat(experts: nn.Module, hidden_states: Tensor, routing: Routing, activations: Tensor | None = None) -> Tensor:
@@ -79,10 +87,11 @@ def run_flat(experts: nn.Module, hidden_states: Tensor, routing: Routing, activa
         return output + 0.0 * (idle.sum() + routing.weights.sum())
     expert_ids = routing.expert_ids[token, slot]
     weights = routing.weights[token, slot]
-    pairs = (hidden_states[token], expert_ids[:, None], weights[:, None])
+    known = {}
     if activations is not None:
-        pairs += (experts.select(hidden_states, activations, token, expert_ids)[:, None],)
-    return output.index_add(0, token, experts(*pairs))
+        known["activations"] = experts.select(hidden_states, activations, token, expert_ids)[:, None]
+    pair_output = experts(hidden_states[token], expert_ids[:, None], weights[:, None], **known)
+    return output.index_add(0, token, pair_output)
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -127,47 +136,88 @@ def _one_expert(expert: int, rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def ragged_experts(
-    experts: nn.Module, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, activations: Tensor | None = None
+    experts: nn.Module,
+    hidden_states: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    projected: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
-    """Pairs sorted by expert once, and one product per used expert and projection."""
-    order = expert_ids.flatten().argsort(stable=True)  # (P,) pairs by expert
-    counts = expert_ids.flatten().bincount(minlength=experts.num_experts).tolist()[: experts.num_experts]
-    order = order[: sum(counts)]  # expert parallelism gives the experts of other processes the id E
-    linear = partial(_ragged_linear, counts)
-    return _on_sorted_pairs(experts, hidden_states, order, expert_ids, weights, activations, linear)
+    """The used pairs sorted by expert once, and nothing computed for others: ragged.py, or `grouped_experts` on a GPU.
+
+    Args:
+        projected: (T, E, r) of `experts.project`, if the experts were ranked by it.
+        recompute: compute the rows before the activation again in the backward pass instead of keeping them.
+    """
+    if hidden_states.device.type not in ("cpu", "meta"):
+        return grouped_experts(experts, hidden_states, expert_ids, weights)
+    layout, parameters = expert_weights(experts)
+    dtype = cast_for_autocast(hidden_states[:0])[0].dtype
+    num_kept = 0
+    if torch.is_grad_enabled() and not recompute:
+        compiling = torch.compiler.is_compiling()
+        num_kept = expert_ids.numel() if compiling else int((expert_ids < experts.num_experts).sum())
+    return experts_operator(
+        hidden_states, expert_ids, weights, parameters, projected, layout, activation_name(experts), dtype, num_kept
+    )[0]
+
+
+def expert_weights(experts: nn.Module) -> tuple[str, list[Tensor]]:
+    """The layout and the weights of an experts module, one of ours or of a model of transformers.
+
+    Raises:
+        ValueError: if the engine `ragged` does not know such experts.
+    """
+    own_gate = getattr(experts, "_apply_gate", None)
+    is_plain = (
+        getattr(experts, "has_gate", True)
+        and getattr(experts, "is_concatenated", True)
+        and not getattr(experts, "is_transposed", False)
+        and not getattr(experts, "has_bias", False)
+        and not getattr(experts, "has_post_expert_norm", False)
+        and (own_gate is None or own_gate.__name__ == "_default_apply_gate")
+    )
+    if not is_plain:
+        raise ValueError(
+            f"The engine 'ragged' runs gated experts without biases only, which {type(experts).__name__} are not: "
+            "use experts_implementation='grouped_mm'."
+        )
+    layout = getattr(experts, "layout", "swiglu")
+    return layout, [getattr(experts, name) for name in LAYOUTS[layout].weight_names]
+
+
+def activation_name(experts: nn.Module) -> str:
+    """Key of ACTIVATIONS that an experts module uses.
+
+    Raises:
+        ValueError: if the engine `ragged` does not know its derivative.
+    """
+    name = ACTIVATION_NAMES.get(type(experts.act_fn))
+    if name is None:
+        raise ValueError(
+            f"The engine 'ragged' knows hidden_act {', '.join(ACTIVATIONS)}, got {experts.act_fn}: "
+            "use experts_implementation='grouped_mm'."
+        )
+    return name
 
 
 def grouped_experts(
     experts: nn.Module, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, activations: Tensor | None = None
 ) -> Tensor:
-    """Pairs sorted by expert once, and transformers' grouped product: static shapes, which can be compiled."""
-    flat = expert_ids.flatten()
-    order = flat.argsort(stable=True)
-    # The last pairs may belong to expert E; they are computed with the last expert and cleared.
-    counts = F.one_hot(flat, experts.num_experts + 1).sum(0)[: experts.num_experts]
-    offsets = counts.cumsum(0)
-    offsets[-1] = flat.shape[0]
-    weights = weights.masked_fill(expert_ids == experts.num_experts, 0.0)
-    linear = partial(_grouped_linear, offsets.to(torch.int32))
-    return _on_sorted_pairs(experts, hidden_states, order, expert_ids, weights, activations, linear)
+    """All slots sorted by expert, unused ones last, and grouped products that end before those.
 
-
-def _on_sorted_pairs(
-    experts: nn.Module,
-    hidden_states: Tensor,
-    order: Tensor,
-    expert_ids: Tensor,
-    weights: Tensor,
-    activations: Tensor | None,
-    linear: Linear,
-) -> Tensor:
-    """Gather the pairs in this order, apply their experts, weight the results and add them up by token."""
-    rows = order // expert_ids.shape[-1]  # (P,) token of each pair
+    Static shapes and no number that the host would have to wait for, as GPUs and graphs of them need it. What the
+    products leave in the rows of unused slots is undefined; neither the output nor a gradient contains it.
+    """
+    used = expert_ids < experts.num_experts
+    sorted_ids, order = expert_ids.flatten().sort(stable=True)
+    each = torch.arange(experts.num_experts, device=expert_ids.device)
+    offsets = torch.searchsorted(sorted_ids, each, right=True).to(torch.int32)
     own = None if activations is None else activations.flatten(0, 1)[order]
-    pair_output = experts.expert_ffn(linear, hidden_states[rows], own)
-    weighted = pair_output * weights.flatten()[order][:, None]
-    output = torch.zeros_like(hidden_states, dtype=weighted.dtype).index_add(0, rows, weighted)
-    return output.to(hidden_states.dtype)
+    rows = _TokensToPairs.apply(hidden_states, order, used)
+    pair_output = experts.expert_ffn(partial(_grouped_linear, offsets), rows, own)
+    weights = weights.masked_fill(~used, 0.0).flatten()[order]
+    return _PairsToTokens.apply(pair_output * weights[:, None], order, used).to(hidden_states.dtype)
 
 
 def _grouped_linear(offsets: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
@@ -175,50 +225,44 @@ def _grouped_linear(offsets: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     return grouped_linear(rows, weight, offsets)
 
 
-def _ragged_linear(counts: list[int], rows: Tensor, weight: Tensor) -> Tensor:
-    rows, weight = cast_for_autocast(rows, weight)
-    return _RaggedLinear.apply(rows, weight, counts)
+def _tokens_to_pairs(tokens: Tensor, order: Tensor, used: Tensor) -> Tensor:
+    return tokens.index_select(0, order // used.shape[-1])
 
 
-class _RaggedLinear(torch.autograd.Function):
-    """Rows sorted by expert times the weights of their experts, (P, in) -> (P, out).
+def _pairs_to_tokens(pairs: Tensor, order: Tensor, used: Tensor) -> Tensor:
+    """Each token's sum in the order of its slots, so that it is the same every time."""
+    by_slot = pairs.index_select(0, order.argsort()).unflatten(0, used.shape)
+    return by_slot.masked_fill(~used[..., None], 0.0).sum(1)
 
-    Indexing `weight[e]` under autograd would allocate a gradient of the whole (E, ...) tensor for every expert; here
-    each expert's gradient is written into its slice of one.
-    """
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        output = rows.new_empty(rows.shape[0], weight.shape[1])
-        for expert, part in _slices(counts):
-            torch.mm(rows[part], weight[expert].t(), out=output[part])
-        ctx.save_for_backward(rows, weight)
-        ctx.counts = counts
-        return output
+class _TokensToPairs(torch.autograd.Function):
+    """(T, D) -> (T * K, D) in this order of the slots; nothing comes back from an unused one."""
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("The engine 'ragged' has no second derivatives: use experts_implementation='eager'.")
-        rows, weight = ctx.saved_tensors
-        grad_rows, grad_weight = torch.empty_like(rows), torch.zeros_like(weight)
-        for expert, part in _slices(ctx.counts):
-            torch.mm(grad_output[part], weight[expert], out=grad_rows[part])
-            torch.mm(grad_output[part].t(), rows[part], out=grad_weight[expert])
-        return grad_rows, grad_weight, None
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, used: Tensor) -> Tensor:
+        ctx.save_for_backward(order, used)
+        return _tokens_to_pairs(tokens, order, used)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        return _PairsToTokens.apply(grad_output, *ctx.saved_tensors), None, None
 
 
-def _slices(counts: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) of the experts that have any."""
-    start, slices = 0, []
-    for expert, count in enumerate(counts):
-        if count:
-            slices.append((expert, slice(start, start + count)))
-        start += count
-    return slices
+class _PairsToTokens(torch.autograd.Function):
+    """(T * K, D) in this order of the slots -> sums (T, D) over the used ones."""
+
+    @staticmethod
+    def forward(ctx: Any, pairs: Tensor, order: Tensor, used: Tensor) -> Tensor:
+        ctx.save_for_backward(order, used)
+        return _pairs_to_tokens(pairs, order, used)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        return _TokensToPairs.apply(grad_output, *ctx.saved_tensors), None, None
 
 
-ENGINES = {"reference": reference_experts, "eager": eager_experts, "ragged": ragged_experts}
+RAGGED = {"ragged": ragged_experts, "ragged_recompute": partial(ragged_experts, recompute=True)}
+ENGINES = {"reference": reference_experts, "eager": eager_experts, **RAGGED}
 # transformers keeps the name `eager` for the forward that the experts class itself defines.
-for _name in ("reference", "ragged"):
+for _name in ENGINES.keys() - {"eager"}:
     ExpertsInterface.register(_name, ENGINES[_name])

@@ -16,17 +16,18 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .dispatch import ENGINES, Linear, cast_for_autocast, grouped_experts, ragged_experts
+from .dispatch import ENGINES, Linear, cast_for_autocast, eager_experts, grouped_experts
 from .expert_layouts import LowRankOptions
 
 
 class LowRankExperts(nn.Module):
     """`down(act(gate_up (gate_down x)) * up x)`: SwiGLU experts with a factorised gate.
 
-    Engines `reference`, `eager` and `ragged` are the ones of their names. transformers' own engines know only the fused
-    SwiGLU layout; for their names our grouped engine stands in, or `ragged` for float64 and for sizes that are no
-    multiples of 8.
+    Our own engines are the ones of their names. transformers' own engines know only the fused SwiGLU layout; for their
+    names our grouped engine stands in, or `eager` for float64 and for sizes that are no multiples of 8.
     """
+
+    layout = "low_rank"
 
     def __init__(self, options: LowRankOptions, config: Any) -> None:
         super().__init__()
@@ -41,14 +42,12 @@ class LowRankExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         self.is_aligned = all(size % 8 == 0 for size in (hidden_size, rank, width))
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, activations: Tensor | None = None
-    ) -> Tensor:
-        """(T, D), expert ids (T, K), weights (T, K), activations of these experts (T, K, r) or None -> (T, D)."""
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **options: Any) -> Tensor:
+        """(T, D), expert ids (T, K), weights (T, K), and what the engine of dispatch.py takes beside them -> (T, D)."""
         can_group = self.is_aligned and hidden_states.dtype != torch.float64
-        default = grouped_experts if can_group else ragged_experts
+        default = grouped_experts if can_group else eager_experts
         engine = ENGINES.get(self.config._experts_implementation, default)
-        return engine(self, hidden_states, top_k_index, top_k_weights, activations)
+        return engine(self, hidden_states, top_k_index, top_k_weights, **options)
 
     def expert_ffn(self, linear: Linear, rows: Tensor, activations: Tensor | None = None) -> Tensor:
         """The experts' FFN of rows (P, D), from their activations (P, r) if these are known."""

@@ -32,6 +32,8 @@ from .losses import TokenWeights, auxiliary_losses
 from .low_rank_experts import LowRankExperts
 from .methods import RoutingSpec, part_options
 from .outputs import DynMoeCausalLMOutput, DynMoeModelOutput, DynMoeQuestionAnsweringOutput
+from .packing import ExpertPacking
+from .ragged import ACTIVATION_NAMES
 from .routing import Routing, RoutingContext, real_tokens
 from .routing_changes import RoutingChanges, build_controller, count_for_controller
 from .row_statistics import Visibility
@@ -155,7 +157,7 @@ class DynMoeDecoderLayer(GradientCheckpointingLayer):
         return shared_scorers[self.scorer_type] if shared_scorers and self.scorer_type in shared_scorers else None
 
 
-class DynMoePreTrainedModel(RoutingChanges, PreTrainedModel):
+class DynMoePreTrainedModel(RoutingChanges, ExpertPacking, PreTrainedModel):
     """What all models of the family share: initialisation, the change of routing, losses, saving."""
 
     config: DynMoeConfig
@@ -177,6 +179,12 @@ class DynMoePreTrainedModel(RoutingChanges, PreTrainedModel):
     def __init__(self, config: DynMoeConfig, *args: Any, **kwargs: Any) -> None:
         config.check()
         super().__init__(config, *args, **kwargs)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in transformers, with `ragged` where nothing is asked for."""
+        if requested_experts is None and type(ACT2FN[self.config.hidden_act]) in ACTIVATION_NAMES:
+            requested_experts = "ragged"
+        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -63,9 +63,10 @@ def test_the_experts_decorator_stands_in_the_modeling_file() -> None:
 
 
 FLOORS = {
-    "cli": {"hub", "evaluation", "training", "convert", "analysis", "model"},
+    "cli": {"hub", "evaluation", "benchmarks", "training", "convert", "analysis", "model"},
     "hub": {"evaluation", "training", "convert", "analysis", "model"},
     "evaluation": {"training", "convert", "analysis", "model"},
+    "benchmarks": {"training", "convert", "analysis", "model"},
     "training": {"convert", "analysis", "model"},
     "convert": {"analysis", "model"},
     "analysis": {"model"},
@@ -84,9 +85,11 @@ def test_imports_only_go_down(path: Path) -> None:
 
 
 MODEL_FLOORS = [
-    {"routing", "compat", "controllers"},
-    {"row_statistics", "scorers", "expert_layouts", "losses", "dispatch", "outputs"},
-    {"expert_selectors", "low_rank_experts"},
+    {"routing", "compat", "controllers", "products"},
+    {"row_statistics", "scorers", "expert_layouts", "losses", "packing", "outputs"},
+    {"expert_selectors", "ragged"},
+    {"dispatch"},
+    {"low_rank_experts"},
     {"methods"},
     {"configuration_dynmoe"},
     {"attention"},
@@ -110,7 +113,7 @@ import json, sys, torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 assert not any(name.startswith("dynmoe_hf") for name in sys.modules)
 folder, classes = sys.argv[1], json.loads(sys.argv[2])
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, experts_implementation="eager").eval()
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 content = torch.load(folder + "/content.pt")
 torch.save(model(content).logits, folder + "/logits.pt")
 torch.save(model.generate(content[:1], max_new_tokens=4, do_sample=False), folder + "/generated.pt")
@@ -143,7 +146,7 @@ def run_elsewhere(folder: Path, home: Path) -> None:
 
 @pytest.mark.parametrize("routing", ["top_k", "top_p", "aoe", "da_moe", "dtop_p", "rmoe_cartesian"])
 def test_a_saved_model_runs_without_the_package(routing: str, tmp_path) -> None:
-    model = tiny_model(routing)
+    model = tiny_model(routing, "ragged")
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     assert {path.name for path in folder.glob("*.py")} == {path.name for path in FILES}

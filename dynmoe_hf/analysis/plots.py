@@ -74,6 +74,27 @@ def plot_experts_per_layer(runs: Mapping[str, Sequence[float]], path: str | os.P
     _save(figure, axes, path)
 
 
+def plot_time_over_experts(lines: Mapping[str, Mapping[float, float]], path: str | os.PathLike) -> None:
+    """Draw the time of a layer against the mean number of experts of a token, one line an engine.
+
+    Args:
+        lines: name of an engine -> seconds by mean number of experts.
+        path: PNG file to write.
+
+    Raises:
+        ValueError: there is no engine.
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure(lines)
+    for (name, points), style in zip(lines.items(), _styles(), strict=False):
+        means = sorted(points)
+        axes.plot(means, [1000 * points[mean] for mean in means], label=name, **style)
+    axes.set_xlabel("Experts per token, mean over tokens")
+    axes.set_ylabel("Milliseconds, forward and backward")
+    axes.set_title("Time of a layer against the experts used")
+    _save(figure, axes, path)
+
+
 def _figure(runs: Mapping[str, Any]) -> tuple[Figure, Axes]:
     if not runs:
         raise ValueError("there is no run to draw.")

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from dynmoe_hf.analysis.plots import plot_experts_over_training, plot_experts_per_layer
+from dynmoe_hf.analysis.plots import plot_experts_over_training, plot_experts_per_layer, plot_time_over_experts
 
 HISTORY = [
     {"step": 10, "loss": 3.0, "experts_per_token": 3.5},
@@ -73,9 +73,20 @@ def test_experts_per_layer(saved, tmp_path):
     check_readable(saved[0], list(runs))
 
 
+def test_time_over_experts(saved, tmp_path):
+    times = {"ragged": {4.0: 0.004, 1.0: 0.001}, "grouped_mm_padded": {1.0: 0.008, 4.0: 0.008}}
+    plot_time_over_experts(times, tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes().startswith(PNG)
+    assert lines(saved[0]) == {"ragged": [(1, 1.0), (4, 4.0)], "grouped_mm_padded": [(1, 8.0), (4, 8.0)]}
+    (axes,) = saved[0].axes
+    assert "Milliseconds" in axes.get_ylabel() and axes.get_ylim()[0] == 0
+    assert [text.get_text() for text in saved[0].legends[0].get_texts()] == list(times)
+
+
 @pytest.mark.parametrize(
     ("plot", "runs", "message"),
     [
+        (plot_time_over_experts, {}, "no run"),
         (plot_experts_over_training, {}, "no run"),
         (plot_experts_per_layer, {}, "no run"),
         (plot_experts_over_training, {"a": [{"step": 1, "loss": 2.0}]}, "'a' has no entry with 'experts_per_token'"),

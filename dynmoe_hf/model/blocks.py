@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from .attention import DynMoeRMSNorm
 from .configuration_dynmoe import DynMoeConfig
-from .dispatch import run_experts
+from .dispatch import run_dense, run_experts
 from .expert_selectors import SELECTORS, Selector
 from .methods import RoutingSpec, bank_spec, initial_threshold, part_options
 from .routing import Routing, RoutingContext, without_autocast
@@ -24,13 +24,15 @@ class DynMoeMLP(nn.Module):
 
     def __init__(self, config: DynMoeConfig, intermediate_size: int) -> None:
         super().__init__()
+        self.config = config
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        """(..., D) -> (..., D)."""
+        return run_dense(self, hidden_states)
 
 
 class DynMoeBlock(nn.Module):

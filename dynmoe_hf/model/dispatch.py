@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .compat import ExpertsInterface, grouped_linear
+from .products import fastest_products, portable_products
 from .ragged import ACTIVATION_NAMES, ACTIVATIONS, LAYOUTS, experts_operator
 from .routing import Routing
 
@@ -160,6 +161,43 @@ def ragged_experts(
     return experts_operator(
         hidden_states, expert_ids, weights, parameters, projected, layout, activation_name(experts), dtype, num_kept
     )[0]
+
+
+def run_dense(mlp: nn.Module, hidden_states: Tensor) -> Tensor:
+    """A dense FFN (..., D) -> (..., D). For `ragged` one expert of all tokens, where that gains faster products."""
+    if not _gains_products(mlp, hidden_states):
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(hidden_states)) * mlp.up_proj(hidden_states))
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+    expert_ids = tokens.new_zeros(tokens.shape[0], 1, dtype=torch.int64)
+    weights = [getattr(mlp, name).weight[None] for name in LAYOUTS["split"].weight_names]
+    dtype = cast_for_autocast(tokens[:0])[0].dtype
+    recompute = mlp.config._experts_implementation == "ragged_recompute"
+    num_kept = 0 if recompute or not torch.is_grad_enabled() else tokens.shape[0]
+    ones = torch.ones_like(tokens[:, :1])
+    output, _ = experts_operator(
+        tokens, expert_ids, ones, weights, None, "split", activation_name(mlp), dtype, num_kept
+    )
+    return output.view_as(hidden_states)
+
+
+def _gains_products(mlp: nn.Module, hidden_states: Tensor) -> bool:
+    if mlp.config._experts_implementation not in RAGGED or torch.compiler.is_compiling():
+        return False
+    layers = [getattr(mlp, name) for name in LAYOUTS["split"].weight_names]
+    # What adapters, quantisation, parallelism and hooks make of a layer happens only where the layer itself is called.
+    is_plain = all(
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.bias is None
+        and "forward" not in vars(layer)
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        for layer in layers
+    )
+    if hidden_states.device.type != "cpu" or not is_plain or type(mlp.act_fn) not in ACTIVATION_NAMES:
+        return False
+    dtype = cast_for_autocast(hidden_states[..., :0])[0].dtype
+    num_rows = hidden_states.numel() // hidden_states.shape[-1]
+    return fastest_products(dtype, num_rows, layers[0].weight.numel()) != portable_products(dtype)
 
 
 def expert_weights(experts: nn.Module) -> tuple[str, list[Tensor]]:

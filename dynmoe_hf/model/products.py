@@ -12,7 +12,7 @@ Two processes may choose differently where the measurement is disturbed, and the
 import statistics
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor
 # a (n, k), b (k, m), and where to write -> a @ b (n, m)
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
+MEASURED = (torch.float32, torch.bfloat16, torch.float16)
 GAIN = 1.25  # how much faster than torch.mm a product must be
 SMALL_WEIGHT = 2**17  # elements of a weight below which nothing is gained and torch.mm stays
-ROWS = {1: 1, 4: 3, 32: 16, 2**63: 128}  # number of rows up to -> number of rows that it is measured with
-ROUNDS = 7
+ROWS = {1: 1, 4: 3, 32: 16, 2**63: 64}  # number of rows up to -> number of rows that it is measured with
+ROUNDS = 5
 ROWS_TO_PACK = 32  # up to this many, packed weights are used
 
 
@@ -64,7 +65,7 @@ def fastest_products(dtype: torch.dtype, num_rows: int, weight_size: int) -> Pro
 
     Their `dtype` is `dtype`, or float32 where the way over float32 is faster for bfloat16 and float16.
     """
-    if weight_size < SMALL_WEIGHT or torch.are_deterministic_algorithms_enabled():
+    if weight_size < SMALL_WEIGHT or dtype not in MEASURED or torch.are_deterministic_algorithms_enabled():
         return portable_products(dtype)
     limit = next(limit for limit in ROWS if num_rows <= limit)
     return _measured_products(dtype, ROWS[limit], torch.get_num_threads())
@@ -75,10 +76,10 @@ def pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_TO_PACK)
 
 
-@lru_cache(maxsize=None)
+@cache
 def packing_pays(dtype: torch.dtype) -> bool:
     """A packed weight is multiplied with one row clearly faster than any other."""
-    if not _has_onednn() or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not _has_onednn() or dtype not in MEASURED:
         return False
     rows = torch.ones(1, 512, dtype=dtype)
     fastest = _measured_products(dtype, 1, torch.get_num_threads())
@@ -120,7 +121,7 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _measured_products(dtype: torch.dtype, num_rows: int, num_threads: int) -> Products:
     """The fastest products for `num_rows` rows; `num_threads` only tells when to measure anew."""
     rows = torch.ones(num_rows, 512, dtype=dtype)
@@ -132,7 +133,7 @@ def _measured_products(dtype: torch.dtype, num_rows: int, num_threads: int) -> P
         _fastest([(grad, weight) for weight in weights], _candidates()),
         _fastest([(grad.t(), rows)] * ROUNDS, _candidates()),
     )
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype == torch.float32:
         return products
     by_float32 = _measured_products(torch.float32, num_rows, num_threads)
 

@@ -73,7 +73,7 @@ class SwigluLayout:
         grad: Tensor,
         grad_weights: Sequence[Tensor | None],
     ) -> Tensor:
-        """Gradient (n, D) of the rows from that of gate and up (n, 2W); fills those of the weights that are asked for."""
+        """Gradient (n, D) of the rows from that of gate and up (n, 2W); fills the gradients that are asked for."""
         if grad_weights[0] is not None:
             products.grad_weight(grad, rows, grad_weights[0])
         return products.grad_rows(grad, weights[0])
@@ -115,7 +115,7 @@ class LowRankLayout:
         grad: Tensor,
         grad_weights: Sequence[Tensor | None],
     ) -> Tensor:
-        """Gradient (n, D) of the rows from that of gate and up (n, 2W); fills those of the weights that are asked for."""
+        """Gradient (n, D) of the rows from that of gate and up (n, 2W); fills the gradients that are asked for."""
         gate_down, gate_up, up, _ = weights
         width = up.shape[0]
         grad_gate, grad_up = grad[:, :width], grad[:, width:]
@@ -127,7 +127,44 @@ class LowRankLayout:
         return products.grad_rows(grad_activation, gate_down).add_(products.grad_rows(grad_up, up))
 
 
-LAYOUTS = {"swiglu": SwigluLayout, "low_rank": LowRankLayout}
+class SplitLayout:
+    """Weights gate (E, W, D), up (E, W, D), down (E, D, W), as of a dense FFN; `pre` is [gate, up]."""
+
+    weight_names = ("gate_proj", "up_proj", "down_proj")
+
+    @staticmethod
+    def num_columns(weights: Sequence[Tensor]) -> int:
+        """Columns of `pre`."""
+        return 2 * weights[0].shape[-2]
+
+    @classmethod
+    def forward(
+        cls, products: Products, rows: Tensor, weights: Sequence[Tensor], known: Tensor | None, out: Tensor | None
+    ) -> Tensor:
+        """`pre` of the rows (n, D) of one expert, written into `out` if given; `known` is not used."""
+        pre = rows.new_empty(rows.shape[0], cls.num_columns(weights)) if out is None else out
+        for weight, part in zip(weights[:2], pre.chunk(2, dim=1), strict=True):
+            products.forward(rows, weight, part)
+        return pre
+
+    @staticmethod
+    def backward(
+        products: Products,
+        rows: Tensor,
+        weights: Sequence[Tensor],
+        pre: Tensor,
+        grad: Tensor,
+        grad_weights: Sequence[Tensor | None],
+    ) -> Tensor:
+        """Gradient (n, D) of the rows from that of gate and up (n, 2W); fills the gradients that are asked for."""
+        grad_gate, grad_up = grad.chunk(2, dim=1)
+        for grad_part, grad_weight in zip((grad_gate, grad_up), grad_weights[:2], strict=True):
+            if grad_weight is not None:
+                products.grad_weight(grad_part, rows, grad_weight)
+        return products.grad_rows(grad_gate, weights[0]).add_(products.grad_rows(grad_up, weights[1]))
+
+
+LAYOUTS = {"swiglu": SwigluLayout, "low_rank": LowRankLayout, "split": SplitLayout}
 
 
 class _Pairs(NamedTuple):
@@ -222,15 +259,15 @@ def experts_operator(
     Returns:
         (T, D) in the dtype of the hidden states, and `pre` (num_kept, ...) without a gradient.
     """
-    part_of_expert = LAYOUTS[layout]
-    kept = hidden_states.new_empty(num_kept, part_of_expert.num_columns(weights), dtype=dtype)
+    first_half = LAYOUTS[layout]
+    kept = hidden_states.new_empty(num_kept, first_half.num_columns(weights), dtype=dtype)
     output = _zeros_to_sum(hidden_states, dtype)
     allow_packed = not num_kept and weights[0].dtype == dtype
     pairs = _sort(expert_ids, weights)
     for expert in _used_experts(pairs, expert_ids, routing_weights, weights, dtype, allow_packed):
         own = None if known is None else expert.gather(known[:, expert.index])
         place = kept[expert.part] if num_kept and expert.products.dtype == dtype else None
-        pre = part_of_expert.forward(expert.products, expert.gather(hidden_states), expert.weights, own, place)
+        pre = first_half.forward(expert.products, expert.gather(hidden_states), expert.weights, own, place)
         if num_kept and place is None:
             kept[expert.part] = pre
         down = expert.weights[-1]
@@ -255,7 +292,7 @@ def _experts_backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients of hidden states, routing weights and weights; an empty tensor for a weight that needs none."""
-    part_of_expert, act = LAYOUTS[layout], ACTIVATIONS[activation]
+    first_half, act = LAYOUTS[layout], ACTIVATIONS[activation]
     pairs = _sort(expert_ids, weights)
     grad_hidden = _zeros_to_sum(hidden_states, dtype)
     grad_routing = routing_weights.new_zeros(routing_weights.numel())
@@ -271,7 +308,7 @@ def _experts_backward(
         if kept.shape[0]:
             pre = _as(products.dtype, kept[expert.part])
         else:
-            pre = part_of_expert.forward(products, rows, expert.weights, None, None)
+            pre = first_half.forward(products, rows, expert.weights, None, None)
         gate, up = pre.split(width, dim=1)[:2]
         activated = act.forward(gate)
         inner = activated * up
@@ -283,7 +320,7 @@ def _experts_backward(
         grad_pre = pre.new_empty(pre.shape[0], 2 * width)
         torch.mul(grad_inner, activated, out=grad_pre[:, width:])
         grad_pre[:, :width] = act.backward(grad_inner.mul_(up), gate)
-        grad_rows = part_of_expert.backward(products, rows, expert.weights, pre, grad_pre, own_grads)
+        grad_rows = first_half.backward(products, rows, expert.weights, pre, grad_pre, own_grads)
         grad_hidden.index_add_(0, expert.token, _as(grad_hidden.dtype, grad_rows))
     return _as(hidden_states.dtype, grad_hidden), grad_routing.view(routing_weights.shape), grad_weights
 

@@ -174,18 +174,26 @@ def test_a_checkpointed_layer_keeps_the_gradient_of_the_losses() -> None:
 COMPILED = [pytest.param(method, "grouped_mm", marks=NEEDS_COMPILED_GROUPED_MM) for method in METHODS]
 
 
-@pytest.mark.parametrize(("method", "engine"), [*COMPILED, ("top_k", "batched_mm"), ("top_p", "batched_mm")])
-def test_compiles_as_one_graph(method: str, engine: str) -> None:
+COMPILED += [(method, "ragged") for method in METHODS]
+COMPILED += [("top_p", "ragged_recompute"), ("top_k", "batched_mm"), ("top_p", "batched_mm")]
+
+
+@pytest.mark.parametrize(("method", "engine"), COMPILED)
+def test_a_training_step_compiles_as_one_graph(method: str, engine: str) -> None:
     torch._dynamo.reset()
     model = tiny_model(method, engine)
     content = tokens(2, 8)
     expected = model(content, labels=content)
+    expected.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     output = compiled(content, labels=content)
     torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-5)
     output.loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_paged_cache_is_refused_where_routing_reads_attention() -> None:

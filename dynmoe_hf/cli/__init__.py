@@ -22,6 +22,7 @@ COMMANDS = {
     "compare": "train several configurations on the same tokens and print one table",
     "evaluate": "perplexity, bits per byte and experts per token on held-out text",
     "generate": "continue a prompt",
+    "serve": "answer requests in the protocol of OpenAI",
     "bench": "compare engines, peers and methods: equal results first, then time and memory",
     "demo": "train top_k and top_p on the same text, compare, plot, reload, generate",
 }

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dynmoe_hf import DynMoeConfig
+from dynmoe_hf.model import dispatch
 from dynmoe_hf.model.losses import TokenWeights, load_balance
 from dynmoe_hf.model.modeling_dynmoe import DynMoeBlock, build_experts
 from dynmoe_hf.model.routing import Routing, RoutingContext
@@ -167,7 +168,7 @@ def second_implementation(weights: dict[str, Tensor], inputs: Tensor) -> tuple[T
     return torch.stack(rows).view_as(inputs), norms, scores, chosen.flatten().bincount(minlength=4)
 
 
-PRECISIONS = [*itertools.product(ENGINES, [torch.float32]), ("eager", torch.float64), ("ragged", torch.float64)]
+PRECISIONS = [*itertools.product(ENGINES, [torch.float32]), *itertools.product(dispatch.ENGINES, [torch.float64])]
 
 
 @pytest.mark.parametrize(("engine", "dtype"), PRECISIONS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dynmoe_hf.model import compat
+from dynmoe_hf.model import compat, dispatch
 
 FLOOR = Path(compat.__file__).parent
 
@@ -59,7 +59,7 @@ def test_an_engine_is_called_with_the_module_and_three_tensors() -> None:
 
 def test_the_engines_of_this_layout_are_still_there() -> None:
     registered = set(compat.ExpertsInterface().valid_keys())
-    assert {"grouped_mm", "batched_mm", "reference", "ragged"} <= registered
+    assert {"grouped_mm", "batched_mm", *dispatch.ENGINES} - {"eager"} <= registered
 
 
 def test_masks_are_made_from_these_arguments() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from dynmoe_hf import DynMoeConfig, DynMoeForCausalLM
-from dynmoe_hf.model import attention
+from dynmoe_hf.model import attention, dispatch, ragged
 from dynmoe_hf.model.expert_selectors import Importance, ImportanceOptions, TopK, TopKOptions
 from dynmoe_hf.model.routing import Routing, RoutingContext
 from dynmoe_hf.model.row_statistics import STATISTICS, Visibility
@@ -432,21 +432,31 @@ def test_a_batch_and_its_padding_change_no_number_of_experts(statistic: str) -> 
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("engine", ["eager", "ragged"])
+@pytest.mark.parametrize("engine", ["eager", *dispatch.RAGGED])
 def test_experts_per_token_equals_the_expert_calls(engine: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted where an expert multiplies its rows, in each layer."""
     model = tiny_model("da_moe", engine, num_shared_experts=1)
-    calls = []
+    calls: list[list[int]] = []
     for block in model.moe_blocks():
-        rows: list[int] = []
-        ffn = block.experts.expert_ffn
+        ffn, experts_forward = block.experts.expert_ffn, block.experts.forward
 
-        def count(linear: Any, hidden: Tensor, *rest: Any, rows: list[int] = rows, ffn: Any = ffn) -> Tensor:
-            rows.append(hidden.shape[0])
+        def count(linear: Any, hidden: Tensor, *rest: Any, ffn: Any = ffn) -> Tensor:
+            calls[-1].append(hidden.shape[0])
             return ffn(linear, hidden, *rest)
 
+        def forward(*args: Any, experts_forward: Any = experts_forward, **options: Any) -> Tensor:
+            calls.append([])
+            return experts_forward(*args, **options)
+
         monkeypatch.setattr(block.experts, "expert_ffn", count)
-        calls.append(rows)
+        monkeypatch.setattr(block.experts, "forward", forward)
+    part = ragged.SwigluLayout.forward
+
+    def count_rows(products: Any, rows: Tensor, *rest: Any) -> Tensor:
+        calls[-1].append(rows.shape[0])
+        return part(products, rows, *rest)
+
+    monkeypatch.setattr(ragged.SwigluLayout, "forward", staticmethod(count_rows))
     mask = LEFT_PADDED if padded else None
     output = model(tokens(2, LENGTH), attention_mask=mask, output_routing=True)
     real = LEFT_PADDED.sum().item() if padded else 2 * LENGTH

@@ -115,7 +115,7 @@ def test_no_tokens(engine: str) -> None:
         assert all(parameter.grad is not None for parameter in experts.parameters())
 
 
-@pytest.mark.parametrize("engine", ["reference", "eager", "ragged"])
+@pytest.mark.parametrize("engine", dispatch.ENGINES)
 @pytest.mark.parametrize("used", CORNERS.values(), ids=CORNERS)
 def test_own_engines_skip_the_experts_of_other_processes(engine: str, used: Tensor) -> None:
     """Expert parallelism of transformers calls an engine with the id E and weight 0 in the place of such an expert."""
@@ -180,26 +180,7 @@ def test_whole_model_equals_the_reference(engine: str, routing: str) -> None:
         torch.testing.assert_close(gradient, expected_gradients[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
-def test_ragged_gradients_in_float64() -> None:
-    experts = make_experts("ragged", 3).double()
-    hidden = torch.randn(4, 32, dtype=torch.float64, requires_grad=True)
-    ids = torch.tensor([[0, 2], [1, 0], [2, 1], [2, 0]])
-    weights = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda hidden, weights, *_: experts(hidden, ids, weights), (hidden, weights, *experts.parameters())
-    )
-
-
-def test_second_derivatives_are_refused() -> None:
-    experts = make_experts("ragged", 3)
-    hidden = torch.randn(4, 32, requires_grad=True)
-    output = experts(hidden, torch.tensor([[0], [1], [2], [2]]), torch.ones(4, 1))
-    with pytest.raises(RuntimeError, match="second derivatives"):
-        torch.autograd.grad(output.sum(), hidden, create_graph=True)
-
-
-def test_cost_follows_the_used_pairs() -> None:
-    """The engine sees exactly the used pairs in the flat form."""
+def test_engines_of_transformers_see_the_used_pairs_only() -> None:
     seen = []
 
     class Spy(nn.Module):

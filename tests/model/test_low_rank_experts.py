@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from dynmoe_hf.model import dispatch
 from dynmoe_hf.model.compat import ExpertsInterface
 from dynmoe_hf.model.modeling_dynmoe import DynMoeBlock
 from dynmoe_hf.model.routing import RoutingContext
@@ -21,7 +22,7 @@ from tests.tiny import ENGINES, NEEDS_COMPILED_GROUPED_MM
 
 # Every name that transformers knows, among them engines that other machines have.
 ENGINE_NAMES = sorted({*ENGINES, *ExpertsInterface().valid_keys()})
-EXACT_ENGINES = ("reference", "eager", "ragged")  # those that know float64
+EXACT_ENGINES = tuple(dispatch.ENGINES)  # those that know float64
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 CONTEXT = RoutingContext(0)
 
@@ -86,7 +87,7 @@ def test_a_linear_router_in_front_of_low_rank_experts(engine: str, masked: bool)
         torch.testing.assert_close(output[0], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["eager", "ragged"])
+@pytest.mark.parametrize("engine", EXACT_ENGINES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_by_finite_differences(engine: str, masked: bool) -> None:
     block = make_block(engine, std=0.6, hidden_size=4, num_experts=3, rank=2, width=3)

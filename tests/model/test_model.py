@@ -196,6 +196,25 @@ def test_a_training_step_compiles_as_one_graph(method: str, engine: str) -> None
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("method", ["top_p", "aoe_top_p", "da_moe"])
+@torch.no_grad()
+def test_decoding_with_a_static_cache_compiles_as_one_graph(method: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_model(method, "ragged")
+    content = tokens(1, 9)
+    expected = model(content).logits
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    logits = [model(content[:, :5], past_key_values=cache, use_cache=True).logits]
+    for position in range(5, 9):
+        row = content[:, position : position + 1]
+        ids = torch.tensor([[position]])
+        logits.append(step(row, past_key_values=cache, use_cache=True, position_ids=ids).logits)
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_paged_cache_is_refused_where_routing_reads_attention() -> None:
     """Continuous batching hands its cache to the attention kernel; the model never sees the keys."""
     with pytest.raises(ValueError, match="generate_batch"):

@@ -150,7 +150,7 @@ def ragged_experts(
         projected: (T, E, r) of `experts.project`, if the experts were ranked by it.
         recompute: compute the rows before the activation again in the backward pass instead of keeping them.
     """
-    if hidden_states.device.type not in ("cpu", "meta"):
+    if hidden_states.device.type != "cpu":
         return grouped_experts(experts, hidden_states, expert_ids, weights)
     layout, parameters = expert_weights(experts)
     dtype = cast_for_autocast(hidden_states[:0])[0].dtype
@@ -251,7 +251,7 @@ def grouped_experts(
     sorted_ids, order = expert_ids.flatten().sort(stable=True)
     each = torch.arange(experts.num_experts, device=expert_ids.device)
     offsets = torch.searchsorted(sorted_ids, each, right=True).to(torch.int32)
-    own = None if activations is None else activations.flatten(0, 1)[order]
+    own = None if activations is None else activations.masked_fill(~used[..., None], 0.0).flatten(0, 1)[order]
     rows = _TokensToPairs.apply(hidden_states, order, used)
     pair_output = experts.expert_ffn(partial(_grouped_linear, offsets), rows, own)
     weights = weights.masked_fill(~used, 0.0).flatten()[order]

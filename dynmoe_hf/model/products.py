@@ -81,10 +81,13 @@ def packing_pays(dtype: torch.dtype) -> bool:
     """A packed weight is multiplied with one row clearly faster than any other."""
     if not _has_onednn() or dtype not in MEASURED:
         return False
-    rows = torch.ones(1, 512, dtype=dtype)
+    rows = torch.ones(1, 512, dtype=dtype, device="cpu")
     fastest = _measured_products(dtype, 1, torch.get_num_threads())
-    weights = [torch.ones(1024, 512, dtype=dtype) for _ in range(ROUNDS)]
-    packed = {weight.data_ptr(): pack(weight) for weight in weights}
+    weights = [torch.ones(1024, 512, dtype=dtype, device="cpu") for _ in range(ROUNDS)]
+    try:
+        packed = {weight.data_ptr(): pack(weight) for weight in weights}
+    except RuntimeError:
+        return False
 
     def by_packed(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
         return _onednn_linear(a, packed[b.data_ptr()])
@@ -124,9 +127,10 @@ def _has_onednn() -> bool:
 @cache
 def _measured_products(dtype: torch.dtype, num_rows: int, num_threads: int) -> Products:
     """The fastest products for `num_rows` rows; `num_threads` only tells when to measure anew."""
-    rows = torch.ones(num_rows, 512, dtype=dtype)
-    grad = torch.ones(num_rows, 1024, dtype=dtype)
-    weights = [torch.ones(1024, 512, dtype=dtype) for _ in range(ROUNDS)]  # experts' weights are seldom in a cache
+    rows = torch.ones(num_rows, 512, dtype=dtype, device="cpu")
+    grad = torch.ones(num_rows, 1024, dtype=dtype, device="cpu")
+    # More than one weight, because those of experts are seldom in a cache.
+    weights = [torch.ones(1024, 512, dtype=dtype, device="cpu") for _ in range(ROUNDS)]
     products = Products(
         dtype,
         _fastest([(rows, weight.t()) for weight in weights], _candidates()),
@@ -145,19 +149,29 @@ def _measured_products(dtype: torch.dtype, num_rows: int, num_threads: int) -> P
     return by_float32 if fastest is over_float32 else products
 
 
+def _can(candidate: Product, a: Tensor, b: Tensor) -> bool:
+    """Whether this processor has the product: oneDNN asks some for float16."""
+    try:
+        candidate(a, b, None)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _fastest(pairs: list[tuple[Tensor, Tensor]], candidates: list[Product]) -> Product:
     """The candidate that computes these products fastest, or the first one in doubt."""
+    candidates = [candidate for candidate in candidates if _can(candidate, *pairs[0])]  # and they are warm then
     times: list[list[float]] = []
-    for a, b in [pairs[0], *pairs]:
+    for a, b in pairs:
         times.append([])
         for candidate in candidates:
             start = time.perf_counter()
             candidate(a, b, None)
             times[-1].append(time.perf_counter() - start)
     gains = []
-    for measured in zip(*times[1:], strict=True):
+    for measured in zip(*times, strict=True):
         # Of all rounds and within a round: something else on the machine may slow one or the other down, seldom both.
-        rounds = [first[0] / seconds for first, seconds in zip(times[1:], measured, strict=True)]
-        gains.append(min(statistics.median(rounds), min(first[0] for first in times[1:]) / min(measured)))
+        rounds = [first[0] / seconds for first, seconds in zip(times, measured, strict=True)]
+        gains.append(min(statistics.median(rounds), min(first[0] for first in times) / min(measured)))
     best = max(range(len(candidates)), key=gains.__getitem__)
     return candidates[best] if gains[best] >= GAIN else candidates[0]

@@ -1,5 +1,7 @@
 """Every engine equals the reference, forward and gradients, for any Routing, in both forms of a call."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from dynmoe_hf.model import dispatch
+from dynmoe_hf.model import dispatch, ragged
 from dynmoe_hf.model.methods import METHODS
 from dynmoe_hf.model.modeling_dynmoe import DynMoeExperts
 from dynmoe_hf.model.routing import Routing
@@ -191,6 +193,30 @@ def test_engines_of_transformers_see_the_used_pairs_only() -> None:
     used = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
     dispatch.run_flat(Spy(), torch.randn(3, 8), make_routing(used))
     assert seen == [(5, 1)]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("engine", ["eager", *dispatch.RAGGED])
+def test_experts_per_token_equals_the_expert_calls(engine: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted where an expert multiplies its rows, in each layer."""
+    model = tiny_model("da_moe", engine)
+    calls: list[list[int]] = []
+
+    def count(ffn: Callable[..., Tensor], first: Any, rows: Tensor, *rest: Any) -> Tensor:
+        calls[-1].append(rows.shape[0])
+        return ffn(first, rows, *rest)
+
+    for block in model.moe_blocks():
+        monkeypatch.setattr(block.experts, "expert_ffn", partial(count, block.experts.expert_ffn))
+        block.experts.register_forward_pre_hook(lambda *_: calls.append([]))
+    part = staticmethod(partial(count, ragged.SwigluLayout.forward))
+    monkeypatch.setattr(ragged.SwigluLayout, "forward", part)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, : 5 if padded else 0] = 0
+    output = model(tokens(2, 12), attention_mask=mask if padded else None, output_routing=True)
+    expected = [sum(rows) / mask.sum().item() for rows in calls]
+    assert output.experts_per_token.tolist() == pytest.approx(expected)
+    assert 1 < output.experts_per_token.min() and output.experts_per_token.max() < 8
 
 
 def test_an_engine_is_chosen_by_name_at_any_time() -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from dynmoe_hf.model import DynMoeConfig
+from dynmoe_hf.model.checkpoints import INDEX, read_object, shard_names
+from dynmoe_hf.model.routing import shown
 from dynmoe_hf.training.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -36,20 +39,23 @@ def load_config(name_or_path: str | os.PathLike, routing: str | dict[str, Any] |
     if os.path.isdir(source):
         if not os.path.isfile(os.path.join(source, "config.json")):
             raise ValueError(f"the folder {source!r} has no config.json, so it holds no model.")
-    elif not os.path.exists(source) and (os.path.isabs(source) or source.startswith(".")):
+        read_object(os.path.join(source, "config.json"))
+    elif os.path.isfile(source):
+        read_object(source)
+    elif os.path.isabs(source) or source.startswith("."):
         raise ValueError(f"there is no model at {source!r}.")
     changes = {} if routing is None else {"routing": routing}
     try:
         # Not AutoConfig: it would offer to run the code of a model of another family.
-        stored = PreTrainedConfig.get_config_dict(source)[0]
-        model_type = stored.get("model_type") if isinstance(stored, dict) else None
+        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
         if model_type != DynMoeConfig.model_type:
-            raise ValueError(f"{source!r} is a model of type {model_type!r}, not {DynMoeConfig.model_type!r}.")
+            raise ValueError(f"{source!r} is a model of type {shown(model_type)}, not {DynMoeConfig.model_type!r}.")
         return DynMoeConfig.from_pretrained(source, **changes)
     except OSError as error:
         raise ValueError(f"cannot load a configuration from {source!r}: {_first_line(error)}") from error
     except StrictDataclassError as error:
-        raise ValueError(f"the configuration of {source!r} is refused: {' '.join(str(error).split())}") from error
+        reason = textwrap.shorten(str(error), 400, placeholder=" ...")
+        raise ValueError(f"the configuration of {source!r} is refused: {reason}") from error
 
 
 def load_model(
@@ -61,8 +67,9 @@ def load_model(
 ) -> DynMoeForCausalLM:
     """Load the language model of a local folder or a Hub id, in evaluation mode.
 
-    `from_pretrained` fills what a checkpoint lacks with fresh random numbers and goes on; here everything must be
-    there. Weights are read from safetensors files only, which cannot hold code.
+    `from_pretrained` fills what a checkpoint lacks in heads and routers with fresh random numbers and goes on; here
+    everything must be there. Weights are read from safetensors files only, which cannot hold code, and no memory is
+    taken before it is clear that the files can hold the model that the configuration describes.
 
     Args:
         name_or_path: folder with config.json and safetensors, or `organisation/name`.
@@ -84,6 +91,7 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(device)!r} is not available: {_first_line(error)}") from error
     try:
+        _refuse_too_small(source, config, _weight_files(source))
         with _without_load_report():
             model, report = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -122,6 +130,34 @@ def load_model_and_tokenizer(
             f"{model.config.vocab_size}."
         )
     return model, tokenizer
+
+
+def _weight_files(source: str) -> list[str]:
+    """The safetensors files of a model. Raises ValueError for a broken index, OSError for a missing file."""
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if settings := cached_file(source, "generation_config.json", **optional):
+        read_object(settings)
+    if whole := cached_file(source, "model.safetensors", **optional):
+        return [whole]
+    if index := cached_file(source, INDEX, **optional):
+        return [cached_file(source, name) for name in shard_names(index)]
+    raise OSError(f"neither model.safetensors nor {INDEX} is there")
+
+
+def _refuse_too_small(source: str, config: DynMoeConfig, files: list[str]) -> None:
+    """Raise for files that cannot hold the parameters of a model, even at four bits each."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_bytes = sum(os.path.getsize(file) for file in files)
+    for file in files:
+        with safe_open(file, framework="pt"):
+            pass  # that opens only if the header is sound and the file as long as it says
+    if parameters > 2 * num_bytes:
+        raise ValueError(
+            f"the weights of {source!r} have {num_bytes:,} bytes, too few for the {parameters:,} parameters of its "
+            "configuration."
+        )
 
 
 def _refuse_incomplete(source: str, report: dict[str, Any]) -> None:

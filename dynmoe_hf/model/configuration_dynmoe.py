@@ -2,7 +2,7 @@
 """DynMoeConfig. No `from __future__ import annotations` here: it would switch off the type checks of `@strict`."""
 
 import difflib
-from math import inf
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -12,27 +12,34 @@ from transformers.activations import ACT2FN
 
 from .compat import ROPE_INIT_FUNCTIONS
 from .methods import METHODS, RoutingSpec, check, default_slots, expand, with_own_slots
-from .routing import unknown_name
+from .routing import MAX_FACTOR, MAX_WIDTH, shown, unknown_name
 
-POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "num_experts",
-)
+# No real model comes near these. They keep a config that somebody else wrote from asking for more memory or time than
+# any machine has, and the elements of each tensor below 2**63.
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "moe_intermediate_size": MAX_WIDTH,
+    "num_hidden_layers": 2**11,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**31 - 1,
+    "num_experts": 2**18,
+    "sliding_window": 2**31 - 1,
+    "shared_expert_intermediate_size": MAX_WIDTH,
+}
+MAX_PARAMETERS = 10**14
+MAX_LABELS = 2**20
+MAX_DEPTH = 50  # of dicts and lists in a stored config
 RANGES = (
-    ("initializer_range", 0, inf),
-    ("rms_norm_eps", 0, inf),
+    ("initializer_range", 0, 10),
+    ("rms_norm_eps", 1e-12, 1),  # below, the gradient of a row of zeros is not finite in float32
     ("attention_dropout", 0, 1),
-    ("num_shared_experts", 0, inf),
-    ("routed_expert_weight", -inf, inf),
-    ("shared_expert_weight", -inf, inf),
+    ("num_shared_experts", 0, 2**10),
+    ("routed_expert_weight", -MAX_FACTOR, MAX_FACTOR),
+    ("shared_expert_weight", -MAX_FACTOR, MAX_FACTOR),
 )
 # Fields whose default a method may set (`Method.fields`), with what holds for the others.
 METHOD_FIELDS = {
@@ -159,6 +166,8 @@ class DynMoeConfig(PreTrainedConfig):
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
         _refuse_misspelt(self, kwargs)
+        _check_inherited(self, kwargs)
+        self._check_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -178,13 +187,18 @@ class DynMoeConfig(PreTrainedConfig):
                 setattr(self, name, method.fields.get(name, default) if method else default)
         if self.num_experts_per_tok is None:
             self.num_experts_per_tok = default_slots(self.routing, self.num_experts)
-        self.layer_routing = {int(layer): changes for layer, changes in (self.layer_routing or {}).items()}
+        self.layer_routing = {_layer_number(key): changes for key, changes in (self.layer_routing or {}).items()}
         super().__post_init__(**kwargs)
         self.check()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but `routing` changes the stored one (see `change_routing`) instead of replacing it."""
+        """As in transformers, but `routing` changes the stored one (see `change_routing`) instead of replacing it.
+
+        Raises:
+            ValueError: also for a stored choice of engine: that of an attention kernel would download its code.
+        """
+        _refuse_stored(config_dict)
         changes = kwargs.pop("routing", None)
         keep_slots = "num_experts_per_tok" in kwargs
         loaded = super().from_dict(config_dict, **kwargs)
@@ -254,12 +268,10 @@ class DynMoeConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the field and the reason.
         """
+        self._check_sizes()
         if len(set(self.layer_types)) == 1:
             # One kind for all: a changed number of layers, as for a truncated model, needs no new list.
-            self.layer_types = self.layer_types[:1] * max(self.num_hidden_layers, 1)
-        for name in POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            self.layer_types = self.layer_types[:1] * self.num_hidden_layers
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of num_key_value_heads="
@@ -272,19 +284,14 @@ class DynMoeConfig(PreTrainedConfig):
         for name, lowest, highest in RANGES:
             if not lowest <= getattr(self, name) < highest:
                 raise ValueError(f"{name} must be at least {lowest} and below {highest}, got {getattr(self, name)}.")
+        self._check_total()
         self._check_rope()
-        if self.shared_expert_intermediate_size is not None and self.shared_expert_intermediate_size < 1:
-            raise ValueError(
-                f"shared_expert_intermediate_size must be at least 1, got {self.shared_expert_intermediate_size}."
-            )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id={self.pad_token_id} is outside the vocabulary of {self.vocab_size} tokens.")
         self._check_layers("mlp_layer_types", ("sparse", "dense"))
         self._check_layers("layer_types", ("full_attention", "sliding_attention"))
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has a sliding_attention layer, but sliding_window is not set.")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1 token or None, got {self.sliding_window}.")
         for layer in self.layer_routing or {}:
             if not 0 <= layer < self.num_hidden_layers:
                 raise ValueError(f"layer_routing names layer {layer}, but there are {self.num_hidden_layers} layers.")
@@ -300,21 +307,46 @@ class DynMoeConfig(PreTrainedConfig):
                     f"All layers with a {type_name} {axis} share one {shared}: give them the same options."
                 )
 
+    def _check_sizes(self) -> None:
+        for name, largest in LARGEST.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= largest:
+                bound = "at least 1" if value < 1 else f"at most {largest:,}"
+                raise ValueError(f"{name} must be {bound}, got {shown(value)}.")
+
+    def _check_total(self) -> None:
+        """Refuse sizes whose product is absurd, by the matrices that every routing has."""
+        width = self.moe_intermediate_size
+        shared = self.shared_expert_intermediate_size or self.num_shared_experts * width
+        ffn = 3 * max(self.num_experts * width + shared, self.intermediate_size)
+        attention = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        total = self.hidden_size * (self.vocab_size + self.num_hidden_layers * (attention + ffn))
+        if total > MAX_PARAMETERS:
+            raise ValueError(
+                f"hidden_size, num_hidden_layers, num_experts and the other sizes make about {total:.1e} parameters, "
+                f"and more than {MAX_PARAMETERS:.0e} are refused."
+            )
+
     def _check_rope(self) -> None:
         rope = self.rope_parameters
         kind, theta = rope.get("rope_type"), rope.get("rope_theta")
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < inf:
-            raise ValueError(f"rope_parameters: rope_theta must be a finite number above 0, got {theta!r}.")
-        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1e-6 <= theta <= 1e30:
+            raise ValueError(f"rope_parameters: rope_theta must be between 1e-6 and 1e30, got {shown(theta)}.")
+        if kind != "default" and (not isinstance(kind, str) or kind not in ROPE_INIT_FUNCTIONS):
             raise ValueError(unknown_name("rope_type", kind, ["default", *ROPE_INIT_FUNCTIONS]))
-        if kind != "default":
-            try:
-                with torch.device("cpu"):  # a model may be being built on the meta device, which has no values
-                    ROPE_INIT_FUNCTIONS[kind](self)
-            except (KeyError, TypeError) as error:
-                raise ValueError(
-                    f"rope_parameters of type {kind!r} are incomplete or of the wrong kind: {error}."
-                ) from error
+        if kind == "default":
+            return
+        try:
+            with torch.device("cpu"):  # a model may be being built on the meta device, which has no values
+                frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](self)
+            usable = frequencies.shape == (self.head_dim // 2,) and frequencies.isfinite().all() and isfinite(scaling)
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+            reason = shown(" ".join(str(error).split()))
+            raise ValueError(
+                f"rope_parameters of type {kind!r} are incomplete or of the wrong kind: {reason}."
+            ) from error
+        if not usable:
+            raise ValueError(f"rope_parameters of type {kind!r} do not give {self.head_dim // 2} finite frequencies.")
 
     def _check_layers(self, name: str, accepted: tuple[str, ...]) -> None:
         values = getattr(self, name)
@@ -342,14 +374,94 @@ def _change(spec: RoutingSpec, changes: str | dict[str, Any]) -> RoutingSpec:
     return changed
 
 
+def _layer_number(key: Any) -> int:
+    if isinstance(key, str) and key.isdecimal():
+        return int(key)
+    if isinstance(key, bool) or not isinstance(key, int):
+        raise ValueError(f"layer_routing must have layer numbers as keys, got {shown(key)}.")
+    return key
+
+
 def _refuse_misspelt(config: PreTrainedConfig, extra: dict[str, Any]) -> None:
-    """transformers keeps unknown keyword arguments as attributes; one that resembles a field is a typing mistake."""
+    """transformers keeps unknown keyword arguments as attributes; one that resembles a field is a typing mistake, and
+    one with the name of a method would hide it."""
     fields = [name for name in type(config).__dataclass_fields__ if not name.endswith("_token_id")]
-    for name in set(extra) - {"rope_theta", "rope_scaling"}:
+    for name in set(extra) - {"rope_theta", "rope_scaling", "model_type"}:
+        attribute = getattr(type(config), name, None)
         if hasattr(type(config), name):
+            if not isinstance(attribute, property) or attribute.fset is None:
+                raise ValueError(f"{name!r} is no configuration field but the name of a method or class attribute.")
             continue
-        if close := difflib.get_close_matches(name, fields, n=1, cutoff=0.8):
-            raise ValueError(f"Unknown configuration field {name!r}. Did you mean {close[0]!r}?")
+        if close := difflib.get_close_matches(name[:100], fields, n=1, cutoff=0.8):
+            raise ValueError(f"Unknown configuration field {shown(name)}. Did you mean {close[0]!r}?")
+
+
+# What transformers' own configuration adds to ours. It takes any value, because its annotations are strings, which
+# `@strict` does not check, and stumbles over a wrong one later.
+INHERITED = {
+    "transformers_version": str,
+    "architectures": list,
+    "output_hidden_states": bool,
+    "output_attentions": bool,
+    "return_dict": bool,
+    "chunk_size_feed_forward": int,
+    "is_encoder_decoder": bool,
+    "id2label": dict,
+    "label2id": dict,
+    "num_labels": int,
+    "problem_type": str,
+    "rope_scaling": dict,
+    "auto_map": dict,
+    "quantization_config": dict,
+    "tokenizer_class": str,
+    "model_type": str,
+    "attn_implementation": (str, dict),
+    "_attn_implementation": (str, dict),
+    "experts_implementation": (str, dict),
+    "_experts_implementation": (str, dict),
+}
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def _check_inherited(config: PreTrainedConfig, extra: dict[str, Any]) -> None:
+    """Refuse impossible values of inherited fields, before transformers reads them."""
+    for name, kind in INHERITED.items():
+        value = extra[name] if name in extra else vars(config).get(name)
+        if name == "quantization_config" and hasattr(value, "to_dict"):
+            continue
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} is of the wrong type: {shown(value)}.")
+    if config.problem_type not in (None, *PROBLEM_TYPES):
+        raise ValueError(unknown_name("problem_type", config.problem_type, PROBLEM_TYPES))
+    if extra.get("auto_map", {}) is None:
+        extra.pop("auto_map")
+    if extra.get("per_layer_config"):
+        raise ValueError("per_layer_config is not supported: layer_routing changes the routing of single layers.")
+    extra.pop("per_layer_config", None)
+    if extra.get("num_labels", 1) is None:
+        extra.pop("num_labels")
+    if not 1 <= extra.get("num_labels", 1) <= MAX_LABELS:
+        raise ValueError(f"num_labels must be between 1 and {MAX_LABELS:,}, got {shown(extra['num_labels'])}.")
+    for key in config.id2label or {}:
+        if not str(key).isdecimal():
+            raise ValueError(f"id2label must have label numbers as keys, got {shown(key)}.")
+    for name, dtype in (("dtype", config.dtype), ("torch_dtype", extra.get("torch_dtype"))):
+        known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(known, torch.dtype) and known.is_floating_point):
+            raise ValueError(f"{name} must be the name of a floating-point dtype of torch, got {shown(dtype)}.")
+
+
+def _refuse_stored(stored: dict[str, Any]) -> None:
+    """Refuse what no saved config of this family holds: a choice of engine or file, or lists in lists without end."""
+    for name, value in stored.items():
+        if ("_implementation" in name or name == "transformers_weights") and value is not None:
+            raise ValueError(f"A stored configuration must not have {name}: that is for who loads it to choose.")
+    level: list[Any] = [stored]
+    for _ in range(MAX_DEPTH):
+        level = [child for value in level for child in (value.values() if isinstance(value, dict) else value)]
+        level = [child for child in level if isinstance(child, dict | list)]
+    if level:
+        raise ValueError(f"The configuration is nested more than {MAX_DEPTH} deep.")
 
 
 __all__ = ["DynMoeConfig"]

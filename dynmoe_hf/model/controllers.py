@@ -10,7 +10,6 @@ nothing. Shapes: `L` controlled layers.
 import functools
 import warnings
 from dataclasses import dataclass
-from math import inf
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, distributed, nn
 from transformers import initialization as init
 
+MAX_GAIN = 1e6
 CALLS_WITHOUT_UPDATE = 1000  # more than anyone accumulates
 
 
@@ -49,11 +49,13 @@ class BudgetOptions:
     scope: Literal["global", "layer"] = "global"
 
     def __post_init__(self) -> None:
-        if not 0 < self.target < inf:
-            raise ValueError(f"target must be a finite number above 0, got {self.target}.")
+        if not 0 < self.target <= 1e12:
+            raise ValueError(f"target must be a finite number above 0 and at most 1e12, got {self.target}.")
         for name in ("gain_p", "gain_i"):
-            if not 0 <= getattr(self, name) < inf:
-                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) <= MAX_GAIN:
+                raise ValueError(
+                    f"{name} must be a finite number >= 0 and at most {MAX_GAIN:g}, got {getattr(self, name)}."
+                )
         if not 0 <= self.p_min <= self.p_max <= 1:
             raise ValueError(f"p_min and p_max must be in order within 0 ... 1, got {self.p_min} and {self.p_max}.")
 
@@ -164,7 +166,8 @@ def gaussian_threshold(num_experts: int, target: float) -> float:
     """
     with torch.device("cpu"):  # a model may be being built on the meta device, which has no values
         generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(20_000, num_experts, generator=generator, dtype=torch.float32)
+        num_tokens = max(min(20_000, 2**23 // num_experts), 1)  # fewer where there are many experts
+        logits = torch.randn(num_tokens, num_experts, generator=generator, dtype=torch.float32)
         logits = (logits - logits.mean(-1, keepdim=True)) / logits.std(-1, correction=0, keepdim=True)
         mass = logits.softmax(-1).sort(-1, descending=True).values.cumsum(-1)[:, :-1].flatten().sort().values
     # A token uses one expert, and one more for every partial sum that does not exceed the threshold.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from .routing import build_options, unknown_name
+from .routing import MAX_WIDTH, build_options, unknown_name
 
 
 @strict
@@ -38,10 +38,10 @@ class LowRankOptions:
     def __post_init__(self) -> None:
         for name in ("rank", "intermediate_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.down_init_std is not None and not 0 <= self.down_init_std < float("inf"):
-            raise ValueError(f"down_init_std must be a finite number >= 0, got {self.down_init_std}.")
+            if value is not None and not 1 <= value <= MAX_WIDTH:
+                raise ValueError(f"{name} must be at least 1 and at most {MAX_WIDTH:,}, got {value}.")
+        if self.down_init_std is not None and not 0 <= self.down_init_std <= 10:
+            raise ValueError(f"down_init_std must be a finite number >= 0 and at most 10, got {self.down_init_std}.")
 
     def rank_for(self, config: Any) -> int:
         """r at the sizes of a config.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .routing import Routing, RoutingContext, unknown_name
+from .routing import MAX_FACTOR, Routing, RoutingContext, shown, unknown_name
 from .row_statistics import STATISTICS
 
 LEARNED = "learned"  # the one importance that is predicted, not measured
@@ -102,6 +102,8 @@ class TopKOptions:
                 f"top_groups must be between 1 and num_groups, got top_groups={self.top_groups} and "
                 f"num_groups={self.num_groups}."
             )
+        if not abs(self.scale) <= MAX_FACTOR:
+            raise ValueError(f"scale must be a finite number of at most {MAX_FACTOR:g}, got {self.scale}.")
 
 
 class TopK(Selector):
@@ -190,8 +192,8 @@ class TopPOptions:
     standardize: bool = False
 
     def __post_init__(self) -> None:
-        if self.p is not None and not 0 <= self.p < inf:
-            raise ValueError(f"p must be a finite number >= 0, got {self.p}.")
+        if self.p is not None and not 0 <= self.p <= MAX_FACTOR:
+            raise ValueError(f"p must be a finite number >= 0 and at most {MAX_FACTOR:g}, got {self.p}.")
 
 
 class LogitNorm(nn.Module):
@@ -305,14 +307,16 @@ class ImportanceOptions:
     def __post_init__(self) -> None:
         if self.statistic.startswith("col"):
             raise ValueError(
-                f"statistic {self.statistic!r} is refused in a decoder: the attention that a token receives comes from "
-                "tokens after it, so training would see the future and decoding could not."
+                f"statistic {shown(self.statistic)} is refused in a decoder: the attention that a token receives comes "
+                "from tokens after it, so training would see the future and decoding could not."
             )
         if self.statistic not in (*STATISTICS, LEARNED):
             raise ValueError(unknown_name("statistic", self.statistic, (*STATISTICS, LEARNED)))
         for name in ("scale", "learned_mean"):
-            if not 0 < getattr(self, name) < inf:
-                raise ValueError(f"{name} must be a finite number above 0, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) <= MAX_FACTOR:
+                raise ValueError(
+                    f"{name} must be a finite number above 0 and at most {MAX_FACTOR:g}, got {getattr(self, name)}."
+                )
         if self.k_min < 1:
             raise ValueError(f"k_min must be at least 1, got {self.k_min}.")
         if not 0 <= self.ceil_eps < 1:

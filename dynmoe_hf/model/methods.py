@@ -13,14 +13,13 @@ A full specification is a plain dict, ready for JSON:
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import isfinite
 from typing import Any
 
 from .controllers import CONTROLLERS, gaussian_threshold
 from .expert_layouts import EXPERTS
 from .expert_selectors import LEARNED, SELECTORS
 from .losses import LOSSES
-from .routing import build_options, unknown_name
+from .routing import MAX_FACTOR, build_options, shown, unknown_name
 from .scorers import SCORERS
 
 RoutingSpec = dict[str, Any]
@@ -215,7 +214,7 @@ def expand(routing: str | Mapping[str, Any] | None, base: RoutingSpec | None = N
         ValueError: on any unknown name and on any value that a part refuses.
     """
     if not isinstance(routing, str | Mapping | None):
-        raise ValueError(f"routing must be the name of a method or a dict, got {routing!r}.")
+        raise ValueError(f"routing must be the name of a method or a dict, got {shown(routing)}.")
     changes: dict[str, Any] = {"method": routing} if isinstance(routing, str) else dict(routing or {})
     for key in changes:
         if key not in ("method", "losses", *AXES):
@@ -247,7 +246,7 @@ def _expand_part(axis: str, start: Mapping[str, Any], change: str | Mapping[str,
     if isinstance(change, str):
         change = {"type": change}
     elif change is not None and not isinstance(change, Mapping):
-        raise ValueError(f"routing.{axis} must be a dict or the name of a part, got {change!r}.")
+        raise ValueError(f"routing.{axis} must be a dict or the name of a part, got {shown(change)}.")
     change = dict(change or {})
     same_type = change.get("type", start["type"]) == start["type"]
     part = {**(start if same_type else {}), **change}
@@ -256,12 +255,15 @@ def _expand_part(axis: str, start: Mapping[str, Any], change: str | Mapping[str,
 
 def _expand_losses(start: Mapping[str, float], change: Mapping[str, float] | None) -> dict[str, float]:
     if change is not None and not isinstance(change, Mapping):
-        raise ValueError(f"routing.losses must be a dict of name: coefficient, got {change!r}.")
+        raise ValueError(f"routing.losses must be a dict of name: coefficient, got {shown(change)}.")
     for name, coefficient in (change or {}).items():
         if name not in LOSSES:
             raise ValueError(unknown_name("loss in routing.losses:", name, LOSSES))
-        if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not isfinite(coefficient):
-            raise ValueError(f"routing.losses.{name} must be a finite number, got {coefficient!r}.")
+        is_number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
+        if not is_number or not abs(coefficient) <= MAX_FACTOR:
+            raise ValueError(
+                f"routing.losses.{name} must be a finite number of at most {MAX_FACTOR:g}, got {shown(coefficient)}."
+            )
     merged = {**start, **(change or {})}
     return {name: float(merged.get(name, 0.0)) for name in LOSSES}
 

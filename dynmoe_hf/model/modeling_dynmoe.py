@@ -6,6 +6,7 @@ them, the fields of its Routing; nothing in a layer is changed by a forward pass
 the heads turn them into auxiliary losses, outside the code that activation checkpointing may run twice.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from .attention import DynMoeAttention, DynMoeRMSNorm, DynMoeRotaryEmbedding
 from .blocks import DynMoeBlock, DynMoeCartesianBlock, DynMoeMLP
+from .checkpoints import INDEX, refuse_missing, shard_names
 from .compat import (
     GradientCheckpointingLayer,
     OutputRecorder,
@@ -179,6 +181,31 @@ class DynMoePreTrainedModel(RoutingChanges, ExpertPacking, PreTrainedModel):
     def __init__(self, config: DynMoeConfig, *args: Any, **kwargs: Any) -> None:
         config.check()
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with two differences.
+
+        Only safetensors are read, unless `use_safetensors=False` asks for pickled weights. And fresh random numbers, of
+        which transformers warns, stand in for missing weights only in heads and routers; everywhere else
+        `ignore_mismatched_sizes=True` must ask for them.
+
+        Raises:
+            ValueError: the checkpoint lacks other weights of the decoder; the index of a folder names other files than
+                safetensors beside it.
+        """
+        index = os.path.join(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "", INDEX)
+        if os.path.isfile(index):
+            shard_names(index)
+        wants_report = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        is_checkpoint = pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None
+        if is_checkpoint and not kwargs.get("ignore_mismatched_sizes"):
+            refuse_missing(model, report["missing_keys"])
+        return (model, report) if wants_report else model
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As in transformers, with `ragged` where nothing is asked for."""
@@ -438,6 +465,7 @@ class DynMoeForCausalLM(DynMoePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             output_routing=self._needs_routing(output_routing, output_router_logits, labels is not None),
+            return_dict=True,  # whatever the config says
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -491,6 +519,7 @@ class _DynMoeHead(DynMoePreTrainedModel):
         }
         outputs = self.model(
             output_router_logits=flags["output_router_logits"],
+            return_dict=True,
             **(kwargs | {"output_routing": self._needs_routing(**flags, has_labels=has_labels)}),
         )
         return outputs, flags

@@ -7,6 +7,8 @@ may use), `D` hidden size, `I` expert width, `B` batch, `S` sequence.
 
 import contextlib
 import difflib
+import reprlib
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -14,6 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+
+MAX_WIDTH = 2**20  # of an FFN or a router
+MAX_FACTOR = 1e6  # of a number that scales others: a few of them multiplied stay finite in float32
 
 
 class Routing(NamedTuple):
@@ -97,12 +102,19 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
     return contextlib.nullcontext()
 
 
+def shown(value: object) -> str:
+    """A value as a message shows it, however long it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+    return short.repr(value)
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """One sentence for a name that nobody knows: what it is, the nearest known name, and all that is accepted."""
     known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
+    close = difflib.get_close_matches(str(name)[:100], known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"Unknown {kind} {name!r}.{hint} Accepted: {', '.join(known) if known else 'none'}."
+    return f"Unknown {kind} {shown(name)}.{hint} Accepted: {', '.join(known) if known else 'none'}."
 
 
 def build_options(options_class: type, values: Mapping[str, Any], where: str) -> Any:
@@ -123,5 +135,5 @@ def build_options(options_class: type, values: Mapping[str, Any], where: str) ->
     try:
         return options_class(**values)
     except (StrictDataclassError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = textwrap.shorten(str(error).strip().splitlines()[-1], 400, placeholder=" ...")
         raise ValueError(f"{where}: {reason}") from error

@@ -2,7 +2,7 @@
 """Scorers: how well does expert e suit token t? One class a scorer; shapes as in routing.py."""
 
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .routing import RoutingContext
+from .routing import MAX_FACTOR, RoutingContext
+
+MAX_STATE = 2**14  # width of the recurrent state
 
 
 class Scores(NamedTuple):
@@ -93,10 +95,13 @@ class RecurrentOptions:
     init: Literal["normal", "uniform"] = "normal"
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"size must be at least 1, got {self.size}.")
-        if not isfinite(self.logit_residual_alpha):
-            raise ValueError(f"logit_residual_alpha must be a finite number, got {self.logit_residual_alpha}.")
+        if not 1 <= self.size <= MAX_STATE:
+            raise ValueError(f"size must be at least 1 and at most {MAX_STATE:,}, got {self.size}.")
+        if not abs(self.logit_residual_alpha) <= MAX_FACTOR:
+            raise ValueError(
+                f"logit_residual_alpha must be a finite number of at most {MAX_FACTOR:g}, got "
+                f"{self.logit_residual_alpha}."
+            )
 
 
 NUM_GATES = {"gru": 3, "rnn": 1, "lstm": 4}

@@ -65,7 +65,7 @@ BROKEN = {
     "config is no JSON": (lambda path: cut(path / "config.json"), "not a valid JSON"),
     "other family": (lambda path: LlamaConfig().save_pretrained(path), "of type 'llama', not 'dynmoe'"),
     "unknown family": (lambda path: edit_config(path, model_type="dynmoo"), "dynmoo"),
-    "config is no mapping": (lambda path: (path / "config.json").write_text("[1]"), "of type None"),
+    "config is no mapping": (lambda path: (path / "config.json").write_text("[1]"), "holds no JSON object"),
     "refused config": (lambda path: edit_config(path, num_experts=0), "num_experts must be at least 1"),
     "value of wrong type": (lambda path: edit_config(path, num_experts="8"), "num_experts.*expected int, got str"),
     "no weights": (lambda path: (path / WEIGHTS).unlink(), "safetensors"),

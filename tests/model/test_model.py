@@ -3,11 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, StaticCache, pipeline
+from transformers import AutoModelForCausalLM, StaticCache
 
-from dynmoe_hf import DynMoeForCausalLM
 from dynmoe_hf.model.methods import METHODS
-from tests.tiny import NEEDS_COMPILED_GROUPED_MM, all_routings, tiny_config, tiny_model, tokens
+from tests.tiny import NEEDS_COMPILED_GROUPED_MM, all_routings, tiny_model, tokens
 
 
 @pytest.mark.parametrize("name", all_routings())
@@ -28,7 +27,7 @@ def test_tied_and_untied_embeddings(tied: bool, tmp_path) -> None:
     model = tiny_model("top_p", tie_word_embeddings=tied)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert torch.equal(loaded(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
 
@@ -42,7 +41,7 @@ def test_every_parameter_is_initialised_also_from_meta(name: str, tmp_path) -> N
     missing = [key for key in weights if ".mlp." in key or "shared_scorers" in key or "controller" in key]
     save_file({key: value for key, value in weights.items() if key not in missing}, tmp_path / "model.safetensors")
     loaded, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True, experts_implementation="eager"
+        tmp_path, output_loading_info=True, experts_implementation="eager", ignore_mismatched_sizes=True
     )
     assert set(info["missing_keys"]) == set(missing)
     new = model.state_dict()
@@ -91,7 +90,7 @@ def test_layers_with_and_without_a_window() -> None:
 def test_rope_types_build_save_and_load(rope: dict, tmp_path) -> None:
     model = tiny_model("top_k", rope_parameters={"rope_theta": 10000.0, **rope})
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
     assert torch.equal(loaded(tokens(1, 20)).logits, model(tokens(1, 20)).logits)
 
 
@@ -107,19 +106,6 @@ def test_packed_documents_do_not_see_each_other(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_generation_with_any_cache_and_left_padding(method: str) -> None:
-    model = tiny_model(method)
-    content = tokens(2, 6)
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    expected = model.generate(content, **options, use_cache=False)
-    assert torch.equal(model.generate(content, **options), expected)
-    assert torch.equal(model.generate(content, **options, cache_implementation="static"), expected)
-    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), content], dim=1)
-    generated = model.generate(padded, attention_mask=(padded != 0).long(), **options)
-    assert torch.equal(generated[:, 3:], expected)
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_a_static_cache_gives_the_same_logits(method: str) -> None:
     model = tiny_model(method)
     content = tokens(2, 8)
@@ -129,12 +115,9 @@ def test_a_static_cache_gives_the_same_logits(method: str) -> None:
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), model(content).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_beams_samples_and_logits_to_keep() -> None:
+def test_logits_to_keep() -> None:
     model = tiny_model("top_p")
     content = tokens(2, 6)
-    assert model.generate(content, num_beams=3, max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (2, 10)
-    torch.manual_seed(0)
-    assert model.generate(content, max_new_tokens=4, do_sample=True, top_p=0.8, eos_token_id=None).shape == (2, 10)
     full = model(content).logits
     assert torch.equal(model(content, logits_to_keep=2).logits, full[:, -2:])
     assert model(content, logits_to_keep=torch.tensor([0, 3])).logits.shape == (2, 2, 97)
@@ -215,12 +198,6 @@ def test_decoding_with_a_static_cache_compiles_as_one_graph(method: str) -> None
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_paged_cache_is_refused_where_routing_reads_attention() -> None:
-    """Continuous batching hands its cache to the attention kernel; the model never sees the keys."""
-    with pytest.raises(ValueError, match="generate_batch"):
-        tiny_model("da_moe")(tokens(1, 4), cache=object(), use_cache=False)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_runs(method: str) -> None:
     model = tiny_model(method).to(torch.bfloat16)
@@ -242,14 +219,3 @@ def test_a_model_can_be_deep_copied_and_moved() -> None:
     model = tiny_model("top_p")
     twin = copy.deepcopy(model).double().float()
     assert torch.equal(twin(tokens(1, 4)).logits, model(tokens(1, 4)).logits)
-
-
-def test_text_generation_pipeline(tmp_path) -> None:
-    from dynmoe_hf.training.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(["a small text, a small text"], vocab_size=270)
-    config = tiny_config("top_p", vocab_size=270, pad_token_id=tokenizer.pad_token_id)
-    torch.manual_seed(0)
-    generator = pipeline("text-generation", model=DynMoeForCausalLM(config).eval(), tokenizer=tokenizer, device="cpu")
-    result = generator("a small", max_new_tokens=3, do_sample=False)
-    assert result[0]["generated_text"].startswith("a small")

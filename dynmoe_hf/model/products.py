@@ -24,7 +24,8 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 MEASURED = (torch.float32, torch.bfloat16, torch.float16)
 GAIN = 1.25  # how much faster than torch.mm a product must be
 SMALL_WEIGHT = 2**17  # elements of a weight below which nothing is gained and torch.mm stays
-ROWS = {1: 1, 4: 3, 32: 16, 2**63: 64}  # number of rows up to -> number of rows that it is measured with
+FEW_ROWS = 4  # up to so many the time goes into reading the weight, and torch.mm stays
+ROWS = {32: 16, 2**63: 64}  # number of rows up to -> number of rows that it is measured with
 ROUNDS = 5
 ROWS_TO_PACK = 32  # up to this many, packed weights are used
 
@@ -38,21 +39,26 @@ class Products(NamedTuple):
     grad_by_rows: Product  # grad.t() (out, n), rows (n, in)
 
     def forward(self, rows: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        """(n, in) and (out, in), which may be packed, -> (n, out)."""
+        """(n, in) and (out, in), of any dtype or packed, -> (n, out)."""
         if weight.is_mkldnn:
             return _into(out, _onednn_linear(rows, weight))
-        return self.rows_by_weight(rows, weight.t(), out)
+        return self.rows_by_weight(rows, cast(weight, self.dtype).t(), out)
 
-    def grad_rows(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """(n, out) and (out, in) -> gradient (n, in) of the rows."""
-        return self.grad_by_weight(grad, weight, None)
+    def grad_rows(self, grad: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """(n, out) and (out, in), of any dtype, -> gradient (n, in) of the rows."""
+        return self.grad_by_weight(grad, cast(weight, self.dtype), out)
 
     def grad_weight(self, grad: Tensor, rows: Tensor, out: Tensor) -> None:
-        """(n, out) and (n, in) -> gradient (out, in) of the weight, written into `out`."""
+        """(n, out) and (n, in) -> gradient (out, in) of the weight, written into `out` of any dtype."""
         if out.dtype == self.dtype:
             self.grad_by_rows(grad.t(), rows, out)
         else:
             out.copy_(self.grad_by_rows(grad.t(), rows, None))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype. `Tensor.to` takes time even where it changes nothing, which few rows would notice."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def portable_products(dtype: torch.dtype) -> Products:
@@ -65,7 +71,9 @@ def fastest_products(dtype: torch.dtype, num_rows: int, weight_size: int) -> Pro
 
     Their `dtype` is `dtype`, or float32 where the way over float32 is faster for bfloat16 and float16.
     """
-    if weight_size < SMALL_WEIGHT or dtype not in MEASURED or torch.are_deterministic_algorithms_enabled():
+    if num_rows <= FEW_ROWS or weight_size < SMALL_WEIGHT or dtype not in MEASURED:
+        return portable_products(dtype)
+    if torch.are_deterministic_algorithms_enabled():
         return portable_products(dtype)
     limit = next(limit for limit in ROWS if num_rows <= limit)
     return _measured_products(dtype, ROWS[limit], torch.get_num_threads())
@@ -82,7 +90,6 @@ def packing_pays(dtype: torch.dtype) -> bool:
     if not _has_onednn() or dtype not in MEASURED:
         return False
     rows = torch.ones(1, 512, dtype=dtype, device="cpu")
-    fastest = _measured_products(dtype, 1, torch.get_num_threads())
     weights = [torch.ones(1024, 512, dtype=dtype, device="cpu") for _ in range(ROUNDS)]
     try:
         packed = {weight.data_ptr(): pack(weight) for weight in weights}
@@ -93,7 +100,7 @@ def packing_pays(dtype: torch.dtype) -> bool:
         return _onednn_linear(a, packed[b.data_ptr()])
 
     pairs = [(rows, weight.t()) for weight in weights]
-    return _fastest(pairs, [fastest.rows_by_weight, by_packed]) is by_packed
+    return _fastest(pairs, [_mm, by_packed]) is by_packed
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:

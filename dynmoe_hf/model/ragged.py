@@ -24,9 +24,10 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .packing import packed_weights
-from .products import Products, fastest_products, portable_products
+from .products import Products, cast, fastest_products, portable_products
 
 aten = torch.ops.aten
+BLOCK_ROWS = 128  # experts with fewer rows than this are taken together
 
 
 class Activation(NamedTuple):
@@ -58,11 +59,9 @@ class SwigluLayout:
         return weights[0].shape[-2]
 
     @staticmethod
-    def forward(
-        products: Products, rows: Tensor, weights: Sequence[Tensor], known: Tensor | None, out: Tensor | None
-    ) -> Tensor:
-        """`pre` of the rows (n, D) of one expert, written into `out` if given; `known` is not used."""
-        return products.forward(rows, weights[0], out)
+    def forward(products: Products, rows: Tensor, weights: Sequence[Tensor], known: Tensor | None, pre: Tensor) -> None:
+        """Fill `pre` from the rows (n, D) of one expert; `known` is not used."""
+        products.forward(rows, weights[0], pre)
 
     @staticmethod
     def backward(
@@ -72,11 +71,12 @@ class SwigluLayout:
         pre: Tensor,
         grad: Tensor,
         grad_weights: Sequence[Tensor | None],
-    ) -> Tensor:
-        """Gradient (n, D) of the rows from that of gate and up (n, 2W); fills the gradients that are asked for."""
+        grad_rows: Tensor,
+    ) -> None:
+        """Fill the gradients of the rows (n, D) and of weights that ask for one, from that of gate and up (n, 2W)."""
         if grad_weights[0] is not None:
             products.grad_weight(grad, rows, grad_weights[0])
-        return products.grad_rows(grad, weights[0])
+        products.grad_rows(grad, weights[0], grad_rows)
 
 
 class LowRankLayout:
@@ -89,14 +89,11 @@ class LowRankLayout:
         """Columns of `pre`."""
         return 2 * weights[2].shape[-2] + weights[0].shape[-2]
 
-    @classmethod
-    def forward(
-        cls, products: Products, rows: Tensor, weights: Sequence[Tensor], known: Tensor | None, out: Tensor | None
-    ) -> Tensor:
-        """`pre` of the rows (n, D) of one expert, written into `out` if given; `known` (n, r) is its activation."""
+    @staticmethod
+    def forward(products: Products, rows: Tensor, weights: Sequence[Tensor], known: Tensor | None, pre: Tensor) -> None:
+        """Fill `pre` from the rows (n, D) of one expert; `known` (n, r) is their activation."""
         gate_down, gate_up, up, _ = weights
         width = up.shape[0]
-        pre = rows.new_empty(rows.shape[0], cls.num_columns(weights)) if out is None else out
         activation = pre[:, 2 * width :]
         if known is None:
             products.forward(rows, gate_down, activation)
@@ -104,7 +101,6 @@ class LowRankLayout:
             activation.copy_(known)
         products.forward(activation, gate_up, pre[:, :width])
         products.forward(rows, up, pre[:, width : 2 * width])
-        return pre
 
     @staticmethod
     def backward(
@@ -114,17 +110,19 @@ class LowRankLayout:
         pre: Tensor,
         grad: Tensor,
         grad_weights: Sequence[Tensor | None],
-    ) -> Tensor:
-        """Gradient (n, D) of the rows from that of gate and up (n, 2W); fills the gradients that are asked for."""
+        grad_rows: Tensor,
+    ) -> None:
+        """Fill the gradients of the rows (n, D) and of weights that ask for one, from that of gate and up (n, 2W)."""
         gate_down, gate_up, up, _ = weights
         width = up.shape[0]
         grad_gate, grad_up = grad[:, :width], grad[:, width:]
         grad_activation = products.grad_rows(grad_gate, gate_up)
         inputs = ((grad_activation, rows), (grad_gate, pre[:, 2 * width :]), (grad_up, rows))
-        for (grad_rows, own_rows), grad_weight in zip(inputs, grad_weights[:3], strict=True):
+        for (grad_part, own_rows), grad_weight in zip(inputs, grad_weights[:3], strict=True):
             if grad_weight is not None:
-                products.grad_weight(grad_rows, own_rows, grad_weight)
-        return products.grad_rows(grad_activation, gate_down).add_(products.grad_rows(grad_up, up))
+                products.grad_weight(grad_part, own_rows, grad_weight)
+        products.grad_rows(grad_activation, gate_down, grad_rows)
+        grad_rows.add_(products.grad_rows(grad_up, up))
 
 
 class SplitLayout:
@@ -137,15 +135,11 @@ class SplitLayout:
         """Columns of `pre`."""
         return 2 * weights[0].shape[-2]
 
-    @classmethod
-    def forward(
-        cls, products: Products, rows: Tensor, weights: Sequence[Tensor], known: Tensor | None, out: Tensor | None
-    ) -> Tensor:
-        """`pre` of the rows (n, D) of one expert, written into `out` if given; `known` is not used."""
-        pre = rows.new_empty(rows.shape[0], cls.num_columns(weights)) if out is None else out
+    @staticmethod
+    def forward(products: Products, rows: Tensor, weights: Sequence[Tensor], known: Tensor | None, pre: Tensor) -> None:
+        """Fill `pre` from the rows (n, D) of one expert; `known` is not used."""
         for weight, part in zip(weights[:2], pre.chunk(2, dim=1), strict=True):
             products.forward(rows, weight, part)
-        return pre
 
     @staticmethod
     def backward(
@@ -155,13 +149,15 @@ class SplitLayout:
         pre: Tensor,
         grad: Tensor,
         grad_weights: Sequence[Tensor | None],
-    ) -> Tensor:
-        """Gradient (n, D) of the rows from that of gate and up (n, 2W); fills the gradients that are asked for."""
+        grad_rows: Tensor,
+    ) -> None:
+        """Fill the gradients of the rows (n, D) and of weights that ask for one, from that of gate and up (n, 2W)."""
         grad_gate, grad_up = grad.chunk(2, dim=1)
         for grad_part, grad_weight in zip((grad_gate, grad_up), grad_weights[:2], strict=True):
             if grad_weight is not None:
                 products.grad_weight(grad_part, rows, grad_weight)
-        return products.grad_rows(grad_gate, weights[0]).add_(products.grad_rows(grad_up, weights[1]))
+        products.grad_rows(grad_gate, weights[0], grad_rows)
+        grad_rows.add_(products.grad_rows(grad_up, weights[1]))
 
 
 LAYOUTS = {"swiglu": SwigluLayout, "low_rank": LowRankLayout, "split": SplitLayout}
@@ -175,23 +171,30 @@ class _Pairs(NamedTuple):
 
 
 class _Expert(NamedTuple):
-    """One used expert and its pairs."""
+    """One used expert."""
 
     index: int
+    part: slice  # of the rows of its block
+    weights: list[Tensor]  # (out, in) each, in any dtype or packed
+
+
+class _Block(NamedTuple):
+    """Pairs of one expert, or of several with few: what is done to rows alone is then done to all of them at once."""
+
     part: slice  # of the P sorted pairs
+    slots: Tensor  # (n,) int64, of T * K
     token: Tensor  # (n,)
     routing_weight: Tensor  # (n, 1), in the dtype of the products
     products: Products
-    weights: list[Tensor]  # of this expert, in the dtype of the products
+    experts: list[_Expert]
 
     def gather(self, tokens: Tensor) -> Tensor:
         """Rows (n, D) of (T, D), in the dtype of the products."""
-        return _as(self.products.dtype, tokens.index_select(0, self.token))
+        return cast(tokens.index_select(0, self.token), self.products.dtype)
 
-
-def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    # A call that changes nothing takes time, too, which a step with a few tokens would notice.
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    def empty(self, num_columns: int) -> Tensor:
+        """Rows to be filled, in the dtype of the products."""
+        return self.routing_weight.new_empty(self.token.shape[0], num_columns)
 
 
 def _sort(expert_ids: Tensor, weights: Sequence[Tensor]) -> _Pairs:
@@ -201,29 +204,45 @@ def _sort(expert_ids: Tensor, weights: Sequence[Tensor]) -> _Pairs:
     return _Pairs(flat.argsort(stable=True)[: sum(counts)], counts)
 
 
-def _used_experts(
+def _blocks(
     pairs: _Pairs,
     expert_ids: Tensor,
     routing_weights: Tensor,
     weights: Sequence[Tensor],
     dtype: torch.dtype,
     allow_packed: bool = False,
-) -> Iterator[_Expert]:
-    """One after the other; their weights are converted, if need be, when their turn comes."""
+) -> Iterator[_Block]:
+    """The sorted pairs from the first to the last."""
     tokens = pairs.slots // expert_ids.shape[-1]
     routing_weights = routing_weights.flatten()[pairs.slots, None]
-    start = 0
+    experts: list[_Expert] = []
+    start = end = 0
+    products = None
+
+    def block() -> _Block:
+        part = slice(start, end)
+        weight = cast(routing_weights[part], products.dtype)
+        return _Block(part, pairs.slots[part], tokens[part], weight, products, experts)
+
     for index, count in enumerate(pairs.counts):
-        if count:
-            part = slice(start, start + count)
-            packed = packed_weights(weights, index, count) if allow_packed else None
-            if packed:
-                products, own = portable_products(dtype), packed
-            else:
-                products = fastest_products(dtype, count, weights[-1][index].numel())
-                own = [_as(products.dtype, weight[index]) for weight in weights]
-            yield _Expert(index, part, tokens[part], _as(products.dtype, routing_weights[part]), products, own)
-        start += count
+        if not count:
+            continue
+        own = packed_weights(weights, index, count) if allow_packed else None
+        own_products = portable_products(dtype) if own else fastest_products(dtype, count, weights[-1][index].numel())
+        if experts and (end - start + count > BLOCK_ROWS or own_products != products):
+            yield block()
+            experts, start = [], end
+        products = own_products
+        experts.append(_Expert(index, slice(end - start, end - start + count), own or [w[index] for w in weights]))
+        end += count
+    if experts:
+        yield block()
+
+
+def _fill_pre(layout: type, block: _Block, rows: Tensor, known: Tensor | None, pre: Tensor) -> None:
+    for expert in block.experts:
+        own = None if known is None else known[:, expert.index].index_select(0, block.token[expert.part])
+        layout.forward(block.products, rows[expert.part], expert.weights, own, pre[expert.part])
 
 
 # A checkpoint that comes with its own copy of this file has operators of its own.
@@ -264,17 +283,19 @@ def experts_operator(
     output = _zeros_to_sum(hidden_states, dtype)
     allow_packed = not num_kept and weights[0].dtype == dtype
     pairs = _sort(expert_ids, weights)
-    for expert in _used_experts(pairs, expert_ids, routing_weights, weights, dtype, allow_packed):
-        own = None if known is None else expert.gather(known[:, expert.index])
-        place = kept[expert.part] if num_kept and expert.products.dtype == dtype else None
-        pre = first_half.forward(expert.products, expert.gather(hidden_states), expert.weights, own, place)
-        if num_kept and place is None:
-            kept[expert.part] = pre
-        down = expert.weights[-1]
-        gate, up = pre.split(down.shape[-1], dim=1)[:2]
-        inner = ACTIVATIONS[activation].forward(gate).mul_(up).mul_(expert.routing_weight)
-        output.index_add_(0, expert.token, _as(output.dtype, expert.products.forward(inner, down)))
-    return _as(hidden_states.dtype, output), kept
+    for block in _blocks(pairs, expert_ids, routing_weights, weights, dtype, allow_packed):
+        in_place = num_kept and block.products.dtype == dtype
+        pre = kept[block.part] if in_place else block.empty(kept.shape[1])
+        _fill_pre(first_half, block, block.gather(hidden_states), known, pre)
+        if num_kept and not in_place:
+            kept[block.part] = pre
+        gate, up = pre.split(weights[-1].shape[-1], dim=1)[:2]
+        inner = ACTIVATIONS[activation].forward(gate).mul_(up).mul_(block.routing_weight)
+        result = block.empty(hidden_states.shape[1])
+        for expert in block.experts:
+            block.products.forward(inner[expert.part], expert.weights[-1], result[expert.part])
+        output.index_add_(0, block.token, cast(result, output.dtype))
+    return cast(output, hidden_states.dtype), kept
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::experts_backward", mutates_args=())
@@ -293,6 +314,7 @@ def _experts_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients of hidden states, routing weights and weights; an empty tensor for a weight that needs none."""
     first_half, act = LAYOUTS[layout], ACTIVATIONS[activation]
+    hidden_size, width = weights[-1].shape[1:]
     pairs = _sort(expert_ids, weights)
     grad_hidden = _zeros_to_sum(hidden_states, dtype)
     grad_routing = routing_weights.new_zeros(routing_weights.numel())
@@ -300,29 +322,34 @@ def _experts_backward(
     for expert in (expert for expert, count in enumerate(pairs.counts) if not count):
         for grad in grad_weights:
             grad[expert : expert + 1].zero_()
-    for expert in _used_experts(pairs, expert_ids, routing_weights, weights, dtype):
-        products, down = expert.products, expert.weights[-1]
-        width = down.shape[-1]
-        own_grads = [grad[expert.index] if need else None for grad, need in zip(grad_weights, needed, strict=True)]
-        rows, grad_rows = expert.gather(hidden_states), expert.gather(grad_output)
+    for block in _blocks(pairs, expert_ids, routing_weights, weights, dtype):
+        products, rows, grad_result = block.products, block.gather(hidden_states), block.gather(grad_output)
         if kept.shape[0]:
-            pre = _as(products.dtype, kept[expert.part])
+            pre = cast(kept[block.part], products.dtype)
         else:
-            pre = first_half.forward(products, rows, expert.weights, None, None)
+            pre = block.empty(first_half.num_columns(weights))
+            _fill_pre(first_half, block, rows, None, pre)
         gate, up = pre.split(width, dim=1)[:2]
         activated = act.forward(gate)
         inner = activated * up
-        grad_inner = products.grad_rows(grad_rows, down)
-        grad_routing[pairs.slots[expert.part]] = (grad_inner * inner).sum(-1, dtype=grad_routing.dtype)
-        if own_grads[-1] is not None:
-            products.grad_weight(grad_rows, inner.mul_(expert.routing_weight), own_grads[-1])
-        grad_inner.mul_(expert.routing_weight)
-        grad_pre = pre.new_empty(pre.shape[0], 2 * width)
+        grad_inner = block.empty(width)
+        for expert in block.experts:
+            products.grad_rows(grad_result[expert.part], expert.weights[-1], grad_inner[expert.part])
+        grad_routing[block.slots] = (grad_inner * inner).sum(-1, dtype=grad_routing.dtype)
+        inner.mul_(block.routing_weight)
+        grad_inner.mul_(block.routing_weight)
+        grad_pre = block.empty(2 * width)
         torch.mul(grad_inner, activated, out=grad_pre[:, width:])
         grad_pre[:, :width] = act.backward(grad_inner.mul_(up), gate)
-        grad_rows = first_half.backward(products, rows, expert.weights, pre, grad_pre, own_grads)
-        grad_hidden.index_add_(0, expert.token, _as(grad_hidden.dtype, grad_rows))
-    return _as(hidden_states.dtype, grad_hidden), grad_routing.view(routing_weights.shape), grad_weights
+        grad_rows = block.empty(hidden_size)
+        for expert in block.experts:
+            part = expert.part
+            own = [grad[expert.index] if need else None for grad, need in zip(grad_weights, needed, strict=True)]
+            if own[-1] is not None:
+                products.grad_weight(grad_result[part], inner[part], own[-1])
+            first_half.backward(products, rows[part], expert.weights, pre[part], grad_pre[part], own, grad_rows[part])
+        grad_hidden.index_add_(0, block.token, cast(grad_rows, grad_hidden.dtype))
+    return cast(grad_hidden, hidden_states.dtype), grad_routing.view(routing_weights.shape), grad_weights
 
 
 def _zeros_to_sum(tensor: Tensor, dtype: torch.dtype) -> Tensor:

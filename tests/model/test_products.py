@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dynmoe_hf.model import products
-from dynmoe_hf.model.products import GAIN, ROUNDS, SMALL_WEIGHT, Product, fastest_products, portable_products
+from dynmoe_hf.model.products import FEW_ROWS, GAIN, ROUNDS, SMALL_WEIGHT, Product, fastest_products, portable_products
 
 SINGLE, DOUBLE, HALF = torch.float32, torch.float64, torch.bfloat16
+MANY = 10**6  # rows
 CANDIDATES = [
     *((product, dtype) for product in (products._mm, products._swapped_mm) for dtype in (DOUBLE, SINGLE, HALF)),
     (products._onednn, SINGLE),
@@ -129,7 +130,7 @@ def refuse_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_fastest", measure)
 
 
-@pytest.mark.parametrize("num_rows", [1, 10, 1000])
+@pytest.mark.parametrize("num_rows", [10, 1000])
 @pytest.mark.parametrize("dtype", [DOUBLE, SINGLE, HALF])
 def test_small_weights_are_not_measured(dtype: torch.dtype, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_to_measure(monkeypatch)
@@ -162,9 +163,19 @@ def count_measurements(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtyp
     return seen
 
 
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+def test_few_rows_are_not_measured(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their time is that of reading the weight."""
+    seen = count_measurements(monkeypatch)
+    assert fastest_products(dtype, FEW_ROWS, SMALL_WEIGHT) == portable_products(dtype)
+    assert not seen
+    fastest_products(dtype, FEW_ROWS + 1, SMALL_WEIGHT)
+    assert seen
+
+
 def test_measured_once_for_each_number_of_rows_dtype_and_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = count_measurements(monkeypatch)
-    smallest = 1
+    smallest = FEW_ROWS + 1
     for calls, (largest, measured_with) in enumerate(products.ROWS.items(), start=1):
         assert smallest <= measured_with <= largest
         for num_rows in (smallest, min(largest, 10**6)):
@@ -173,23 +184,23 @@ def test_measured_once_for_each_number_of_rows_dtype_and_number_of_threads(monke
         smallest = largest + 1
     before = len(seen)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    fastest_products(SINGLE, 1, SMALL_WEIGHT)
-    assert seen[before:] == [(SINGLE, 1)] * 3
-    fastest_products(HALF, 1, SMALL_WEIGHT)
-    assert seen[before + 3 :] == [(HALF, 1)] * 4, "three products, and the way over float32"
+    fastest_products(SINGLE, MANY, SMALL_WEIGHT)
+    assert seen[before:] == [(SINGLE, measured_with)] * 3
+    fastest_products(HALF, MANY, SMALL_WEIGHT)
+    assert seen[before + 3 :] == [(HALF, measured_with)] * 4, "three products, and the way over float32"
 
 
 def test_measured_on_the_cpu_whatever_the_default_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = count_measurements(monkeypatch)
     with torch.device("meta"):
-        fastest_products(SINGLE, 1, SMALL_WEIGHT)
+        fastest_products(SINGLE, MANY, SMALL_WEIGHT)
     assert seen
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, SINGLE, HALF, torch.float16])
 def test_every_dtype_can_be_measured(dtype: torch.dtype) -> None:
     """A candidate that knows nothing of a dtype, or of it on this processor, does not take part."""
-    for num_rows in (1, 40):
+    for num_rows in (8, 40):
         chosen = fastest_products(dtype, num_rows, SMALL_WEIGHT)
         rows, weight = (torch.randn(*shape).to(chosen.dtype) for shape in ((num_rows, 24), (16, 24)))
         torch.testing.assert_close(chosen.forward(rows, weight), rows @ weight.T, rtol=2e-2, atol=2e-2)
@@ -207,6 +218,6 @@ def test_half_precision_goes_over_float32_where_that_is_faster(
         return a
 
     monkeypatch.setattr(products, "_candidates", lambda *_: [product])
-    measured = fastest_products(dtype, 1, SMALL_WEIGHT)
+    measured = fastest_products(dtype, MANY, SMALL_WEIGHT)
     assert measured.dtype == (SINGLE if chosen == SINGLE else dtype)
     assert measured[1:] == (product,) * 3

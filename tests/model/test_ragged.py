@@ -53,11 +53,16 @@ def slots(draw: st.DrawFn) -> tuple[Tensor, int]:
 @pytest.mark.parametrize(("layout", "form"), CALLS)
 @pytest.mark.parametrize("engine", OWN_ENGINES)
 @settings(max_examples=25, deadline=None)
-@given(ids=slots(), contiguous=st.booleans())
-def test_any_call(engine: str, layout: str, form: str, ids: tuple[Tensor, int], contiguous: bool) -> None:
+@given(ids=slots(), contiguous=st.booleans(), block_rows=st.sampled_from([0, 3, 128]))
+def test_any_call(
+    engine: str, layout: str, form: str, ids: tuple[Tensor, int], contiguous: bool, block_rows: int
+) -> None:
+    """Experts alone in their blocks, some together, and all in one."""
     call = make_call(make_experts(layout, ids[1], engine), ids[0])
     call = call if contiguous else strided(call)
-    assert_equal(run(call, form), exact(call))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged, "BLOCK_ROWS", block_rows)
+        assert_equal(run(call, form), exact(call))
 
 
 NUM_EXPERTS = 5

@@ -36,13 +36,14 @@ def allocations(call: Call) -> list[int]:
 
 @pytest.mark.parametrize("engine", RAGGED)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nothing_is_larger_than_the_largest_weight(layout: str, engine: str) -> None:
+def test_nothing_is_larger_than_the_largest_weight(layout: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ragged, "BLOCK_ROWS", 0)  # a block is small, but these weights are, too
     call = few_of_many_slots(layout, engine)
     weights = [weight.nbytes for weight in call.experts.parameters()]
     of_all_experts = 4 * T * E * min(D, W)
     assert max(weights) < of_all_experts
     sizes = allocations(call)
-    assert len(sizes) > 100, "the profiler looks into the operator"
+    assert len(sizes) > 30, "the profiler looks into the operator"
     assert max(sizes) == max(weights)
     for size in set(weights):
         assert sizes.count(size) == weights.count(size), "one gradient for each weight and nothing else of its size"

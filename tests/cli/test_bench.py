@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import sys
 
 import pytest
 
@@ -32,7 +34,7 @@ def test_the_file_has_all_that_is_needed_to_read_it(results):
 
     content = json.loads(results.read_text(), parse_constant=no_constant)
     assert set(content) == {"command", "date", "machine", "versions", "settings", "results"}
-    assert content["command"].startswith("dynmoe ")
+    assert content["command"] == shlex.join(["dynmoe", *sys.argv[1:]])
     assert {"cpu", "cpu_capability", "cores", "threads", "memory_gib", "gpus"} <= set(content["machine"])
     assert set(content["versions"]) == {"python", "torch", "transformers", "dynmoe_hf"}
     assert content["settings"]["rounds"] == 3 and content["settings"]["quick"] is True

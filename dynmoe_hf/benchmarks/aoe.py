@@ -145,6 +145,7 @@ def aoe_contest(shape: AoeShape, dtype: str, seed: int) -> Contest:
 
 
 def plan_aoe_memory(settings: Settings) -> list[Build]:
+    """The contests of `aoe_memory`."""
     return [
         partial(aoe_contest, shape, dtype, settings.seed)
         for dtype in settings.dtypes

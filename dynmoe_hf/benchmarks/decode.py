@@ -120,6 +120,7 @@ def decode_contest(base: Shape, num_tokens: int, dtype: str, quick: bool, seed: 
 
 
 def plan_decode(settings: Settings) -> list[Build]:
+    """The contests of `decode`: each shape, number of tokens and dtype."""
     return [
         partial(decode_contest, shape, num_tokens, dtype, settings.quick, settings.seed)
         for dtype in settings.dtypes

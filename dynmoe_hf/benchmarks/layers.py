@@ -153,6 +153,7 @@ def _variable_shape(settings: Settings) -> Shape:
 
 
 def plan_layer(settings: Settings) -> list[Build]:
+    """The contests of `layer`: each shape and dtype."""
     return [
         partial(layer_contest, "layer", shape, dtype, settings.seed)
         for dtype in settings.dtypes
@@ -161,6 +162,7 @@ def plan_layer(settings: Settings) -> list[Build]:
 
 
 def plan_variable_k(settings: Settings) -> list[Build]:
+    """The contests of `variable_k`, one a dtype."""
     return [
         partial(layer_contest, "variable_k", _variable_shape(settings), dtype, settings.seed)
         for dtype in settings.dtypes
@@ -168,11 +170,13 @@ def plan_variable_k(settings: Settings) -> list[Build]:
 
 
 def plan_mean_k(settings: Settings) -> list[Build]:
+    """The contests of `mean_k`, one a dtype."""
     base = shapes(settings.quick)["a"]
     return [partial(mean_k_contest, base, dtype, settings.seed) for dtype in settings.dtypes]
 
 
 def plan_memory(settings: Settings) -> list[Build]:
+    """The contests of `memory`: the shapes of `layer` and `variable_k`."""
     return [
         partial(memory_contest, shape, dtype, settings.seed)
         for dtype in settings.dtypes

@@ -209,10 +209,12 @@ def _experts_per_token(model: nn.Module, input_ids: Tensor) -> float:
 
 
 def plan_step(settings: Settings) -> list[Build]:
+    """The contests of `step`, one a dtype."""
     return [partial(step_contest, dtype, settings.quick, settings.seed) for dtype in settings.dtypes]
 
 
 def plan_methods(settings: Settings) -> list[Build]:
+    """The contests of `methods`: each method but the default one, and dtype."""
     return [
         partial(method_contest, method, dtype, settings.quick, settings.seed)
         for dtype in settings.dtypes

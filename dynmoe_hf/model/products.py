@@ -48,8 +48,10 @@ class Products(NamedTuple):
         """(n, out) and (out, in), of any dtype, -> gradient (n, in) of the rows."""
         return self.grad_by_weight(grad, cast(weight, self.dtype), out)
 
-    def grad_weight(self, grad: Tensor, rows: Tensor, out: Tensor) -> None:
-        """(n, out) and (n, in) -> gradient (out, in) of the weight, written into `out` of any dtype."""
+    def grad_weight(self, grad: Tensor, rows: Tensor, out: Tensor | None) -> None:
+        """(n, out) and (n, in) -> gradient (out, in) of the weight, written into `out` of any dtype, if it is given."""
+        if out is None:
+            return
         if out.dtype == self.dtype:
             self.grad_by_rows(grad.t(), rows, out)
         else:

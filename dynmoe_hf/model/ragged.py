@@ -74,8 +74,7 @@ class SwigluLayout:
         grad_rows: Tensor,
     ) -> None:
         """Fill the gradients of the rows (n, D) and of weights that ask for one, from that of gate and up (n, 2W)."""
-        if grad_weights[0] is not None:
-            products.grad_weight(grad, rows, grad_weights[0])
+        products.grad_weight(grad, rows, grad_weights[0])
         products.grad_rows(grad, weights[0], grad_rows)
 
 
@@ -117,10 +116,9 @@ class LowRankLayout:
         width = up.shape[0]
         grad_gate, grad_up = grad[:, :width], grad[:, width:]
         grad_activation = products.grad_rows(grad_gate, gate_up)
-        inputs = ((grad_activation, rows), (grad_gate, pre[:, 2 * width :]), (grad_up, rows))
-        for (grad_part, own_rows), grad_weight in zip(inputs, grad_weights[:3], strict=True):
-            if grad_weight is not None:
-                products.grad_weight(grad_part, own_rows, grad_weight)
+        products.grad_weight(grad_activation, rows, grad_weights[0])
+        products.grad_weight(grad_gate, pre[:, 2 * width :], grad_weights[1])
+        products.grad_weight(grad_up, rows, grad_weights[2])
         products.grad_rows(grad_activation, gate_down, grad_rows)
         grad_rows.add_(products.grad_rows(grad_up, up))
 
@@ -153,9 +151,8 @@ class SplitLayout:
     ) -> None:
         """Fill the gradients of the rows (n, D) and of weights that ask for one, from that of gate and up (n, 2W)."""
         grad_gate, grad_up = grad.chunk(2, dim=1)
-        for grad_part, grad_weight in zip((grad_gate, grad_up), grad_weights[:2], strict=True):
-            if grad_weight is not None:
-                products.grad_weight(grad_part, rows, grad_weight)
+        products.grad_weight(grad_gate, rows, grad_weights[0])
+        products.grad_weight(grad_up, rows, grad_weights[1])
         products.grad_rows(grad_gate, weights[0], grad_rows)
         grad_rows.add_(products.grad_rows(grad_up, weights[1]))
 
@@ -345,8 +342,7 @@ def _experts_backward(
         for expert in block.experts:
             part = expert.part
             own = [grad[expert.index] if need else None for grad, need in zip(grad_weights, needed, strict=True)]
-            if own[-1] is not None:
-                products.grad_weight(grad_result[part], inner[part], own[-1])
+            products.grad_weight(grad_result[part], inner[part], own[-1])
             first_half.backward(products, rows[part], expert.weights, pre[part], grad_pre[part], own, grad_rows[part])
         grad_hidden.index_add_(0, block.token, cast(grad_rows, grad_hidden.dtype))
     return cast(grad_hidden, hidden_states.dtype), grad_routing.view(routing_weights.shape), grad_weights

@@ -57,11 +57,11 @@ def own_engines() -> list[str]:
 
 # How a Routing becomes a call of the experts. `fixed` and `varying` are the two ways of a model of this package,
 # `padded` is what a user of transformers has to do, and `flat` the pairs for an engine that takes no unused slots.
-FORMS: dict[str, Callable[[nn.Module, Tensor, Routing], Tensor]] = {
+FORMS: dict[str, Callable[[nn.Module, Tensor, Routing, str], Tensor]] = {
     "fixed": partial(run_experts, fills_every_slot=True),
     "varying": partial(run_experts, fills_every_slot=False),
-    "padded": run_padded,
-    "flat": run_flat,
+    "padded": lambda experts, hidden_states, routing, engine: run_padded(experts, hidden_states, routing),
+    "flat": lambda experts, hidden_states, routing, engine: run_flat(experts, hidden_states, routing),
 }
 
 
@@ -78,7 +78,7 @@ def build_engine(engine: str, form: str, weights: Weights) -> Experts:
     with torch.device("meta"):
         experts = DynMoeExperts(config)
     _set_weights(experts, weights)
-    return Experts(experts, partial(FORMS[form], experts))
+    return Experts(experts, partial(FORMS[form], experts, engine=engine))
 
 
 def build_transformers_eager(weights: Weights) -> Experts:

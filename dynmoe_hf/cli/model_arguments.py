@@ -42,6 +42,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `load` needs."""
     parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights, default: as saved")
+    parser.add_argument("--quantize", choices=("int8",), help="hold the weights of experts and layers in int8")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the accelerator, if there is one")
     parser.add_argument(
         "--experts-implementation", metavar="ENGINE", help="engine of the experts: ragged, grouped_mm, eager, ..."
@@ -57,6 +58,7 @@ def load(args: argparse.Namespace) -> tuple[DynMoeForCausalLM, PreTrainedTokeniz
         ValueError: for a flag or a model that is refused.
     """
     from dynmoe_hf.evaluation.loading import load_model_and_tokenizer
+    from dynmoe_hf.evaluation.quantization import int8_weight_only
 
     return load_model_and_tokenizer(
         args.model,
@@ -64,6 +66,7 @@ def load(args: argparse.Namespace) -> tuple[DynMoeForCausalLM, PreTrainedTokeniz
         experts_implementation=args.experts_implementation,
         dtype=args.dtype,
         device=args.device,
+        quantization_config=int8_weight_only() if args.quantize else None,
     )
 
 

@@ -17,11 +17,12 @@ from transformers.utils import cached_file, logging
 
 from dynmoe_hf.model import DynMoeConfig
 from dynmoe_hf.model.checkpoints import INDEX, read_object, shard_names
+from dynmoe_hf.model.quantized import dequantized
 from dynmoe_hf.model.routing import shown
 from dynmoe_hf.training.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TorchAoConfig
 
     from dynmoe_hf import DynMoeForCausalLM
 
@@ -64,6 +65,7 @@ def load_model(
     experts_implementation: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantization_config: TorchAoConfig | None = None,
 ) -> DynMoeForCausalLM:
     """Load the language model of a local folder or a Hub id, in evaluation mode.
 
@@ -77,6 +79,7 @@ def load_model(
         experts_implementation: engine of the experts; None leaves the choice to transformers.
         dtype: of the weights; None keeps that of the checkpoint.
         device: None takes the accelerator, if there is one.
+        quantization_config: how to quantise the weights, see quantization.py; None for a checkpoint that already is.
 
     Raises:
         ValueError: there is no such model or device; the configuration is refused or of another family; a file is
@@ -84,6 +87,7 @@ def load_model(
     """
     source = os.path.expanduser(os.fspath(name_or_path))
     config = load_config(source, routing)
+    is_stored_quantized = _is_stored_quantized(source, config)
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
@@ -91,13 +95,14 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(device)!r} is not available: {_first_line(error)}") from error
     try:
-        _refuse_too_small(source, config, _weight_files(source))
+        shapes = _refuse_too_small(source, config, _weight_files(source))
         with _without_load_report():
             model, report = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
                 dtype="auto" if dtype is None else dtype,
                 experts_implementation=experts_implementation,
+                quantization_config=quantization_config,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -109,7 +114,12 @@ def load_model(
         raise ValueError(_first_line(error)) from error
     except OSError as error:
         raise ValueError(f"{source!r} has no complete set of safetensors weights: {_first_line(error)}") from error
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if not is_stored_quantized:
+            raise
+        raise ValueError(f"torchao cannot read the quantised weights of {source!r}: {_first_line(error)}") from error
     _refuse_incomplete(source, report)
+    _refuse_misshapen(source, model, shapes)
     _refuse_not_finite(source, model)
     return model.to(device)
 
@@ -132,6 +142,15 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
+def _is_stored_quantized(source: str, config: DynMoeConfig) -> bool:
+    """Whether the checkpoint is quantised. Raises ValueError for a quantisation that could not be read strictly."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and stored.get("quant_method") != "torchao":
+        method = shown(stored.get("quant_method"))
+        raise ValueError(f"{source!r} is quantised with {method}, and only what torchao has quantised is read here.")
+    return stored is not None
+
+
 def _weight_files(source: str) -> list[str]:
     """The safetensors files of a model. Raises ValueError for a broken index, OSError for a missing file."""
     optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -144,8 +163,8 @@ def _weight_files(source: str) -> list[str]:
     raise OSError(f"neither model.safetensors nor {INDEX} is there")
 
 
-def _refuse_too_small(source: str, config: DynMoeConfig, files: list[str]) -> None:
-    """Raise for files that cannot hold the parameters of a model, even at four bits each."""
+def _refuse_too_small(source: str, config: DynMoeConfig, files: list[str]) -> dict[str, torch.Size]:
+    """The shapes of a model's parameters. Raise for files that cannot hold them, even at four bits each."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -158,6 +177,7 @@ def _refuse_too_small(source: str, config: DynMoeConfig, files: list[str]) -> No
             f"the weights of {source!r} have {num_bytes:,} bytes, too few for the {parameters:,} parameters of its "
             "configuration."
         )
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def _refuse_incomplete(source: str, report: dict[str, Any]) -> None:
@@ -177,9 +197,23 @@ def _refuse_incomplete(source: str, report: dict[str, Any]) -> None:
             raise ValueError(f"the checkpoint {source!r} {problem}: {', '.join(keys[:3])}{more}.")
 
 
+def _refuse_misshapen(source: str, model: torch.nn.Module, shapes: dict[str, torch.Size]) -> None:
+    """Raise for quantised weights that are missing or do not fit the model: transformers reports neither."""
+    for name, shape in shapes.items():
+        weight = model.get_parameter(name)
+        if weight.is_meta:
+            raise ValueError(f"the checkpoint {source!r} lacks weights: {name}.")
+        try:
+            found = dequantized(weight).shape
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"the parts of {name} in {source!r} do not fit together: {_first_line(error)}") from error
+        if found != shape:
+            raise ValueError(f"the checkpoint {source!r} has {name} as {tuple(found)} instead of {tuple(shape)}.")
+
+
 def _refuse_not_finite(source: str, model: torch.nn.Module) -> None:
     for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(dequantized(tensor)).all():
             raise ValueError(f"the checkpoint {source!r} has NaN or infinite values in {name} as {tensor.dtype}.")
 
 

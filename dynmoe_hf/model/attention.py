@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
 
+from .buffers import KeepsBufferDtype
 from .compat import ALL_ATTENTION_FUNCTIONS, ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from .configuration_dynmoe import DynMoeConfig
 from .row_statistics import Visibility, received_attention, row_statistics
@@ -32,7 +33,7 @@ class DynMoeRMSNorm(nn.Module):
         return self.weight * (hidden_states * torch.rsqrt(variance + self.eps)).to(dtype)
 
 
-class DynMoeRotaryEmbedding(nn.Module):
+class DynMoeRotaryEmbedding(KeepsBufferDtype):
     """Cosines and sines of the rotary positions, for every rope type that transformers knows."""
 
     def __init__(self, config: DynMoeConfig) -> None:
@@ -83,7 +84,9 @@ def eager_attention_forward(
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     probs = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     probs = F.dropout(probs, p=dropout, training=module.training)

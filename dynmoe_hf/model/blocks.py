@@ -49,6 +49,7 @@ class DynMoeBlock(nn.Module):
         self, config: DynMoeConfig, layer_idx: int, build_experts: ExpertsBuilder, bank: int | None = None
     ) -> None:
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.bank = bank
         self.router_dtype = config.router_dtype
@@ -71,7 +72,7 @@ class DynMoeBlock(nn.Module):
     def route(self, hidden_states: Tensor, context: RoutingContext) -> Routing:
         """Score and select for normalised FFN inputs (T, D); padding selects nothing."""
         if self.gate.reads_norms and context.expert_norms is None:
-            context = context._replace(expert_norms=self.experts.project(hidden_states)[0])
+            context = context._replace(expert_norms=self.experts(hidden_states)[0])
         context = context._replace(hidden_states=hidden_states)
         with without_autocast(hidden_states.device.type):
             scores = self.gate(hidden_states, context)
@@ -90,11 +91,13 @@ class DynMoeBlock(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         activations = None
         if self.gate.reads_norms:
-            norms, activations = self.experts.project(tokens)
+            norms, activations = self.experts(tokens)
             context = context._replace(expert_norms=norms)
         routing = self.route(tokens, context)
         fills_every_slot = self.selector.fills_every_slot and context.token_mask is None
-        output = run_experts(self.experts, tokens, routing, fills_every_slot, activations).view_as(hidden_states)
+        engine = self.config._experts_implementation
+        output = run_experts(self.experts, tokens, routing, engine, fills_every_slot, activations)
+        output = output.view_as(hidden_states)
         if self.output_bias is not None:
             output = output + self.output_bias
         if self.shared_experts is not None:
@@ -127,7 +130,7 @@ class DynMoeCartesianBlock(nn.Module):
         return self.sub_layers[0].statistic
 
     def forward(
-        self, hidden_states: Tensor, outer_norm: nn.Module, context: RoutingContext
+        self, hidden_states: Tensor, outer_norm: Callable[[Tensor], Tensor], context: RoutingContext
     ) -> tuple[Tensor, tuple[Routing, Routing]]:
         """The residual stream (B, S, D) before -> after the FFN half of the layer, and the Routing of each bank.
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The dynmoe_hf developers. Licensed under the Apache License, Version 2.0.
 """DynMoeConfig. No `from __future__ import annotations` here: it would switch off the type checks of `@strict`."""
 
+import dataclasses
 import difflib
 from math import isfinite
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from .compat import ROPE_INIT_FUNCTIONS
 from .methods import METHODS, RoutingSpec, check, default_slots, expand, with_own_slots
+from .parallel_plans import expert_parallel_plan, tensor_parallel_plan
 from .routing import MAX_FACTOR, MAX_WIDTH, shown, unknown_name
 
 # No real model comes near these. They keep a config that somebody else wrote from asking for more memory or time than
@@ -35,7 +37,7 @@ MAX_LABELS = 2**20
 MAX_DEPTH = 50  # of dicts and lists in a stored config
 RANGES = (
     ("initializer_range", 0, 10),
-    ("rms_norm_eps", 1e-12, 1),  # below, the gradient of a row of zeros is not finite in float32
+    ("rms_norm_eps", 1e-12, 10),  # below, the gradient of a row of zeros is not finite in float32
     ("attention_dropout", 0, 1),
     ("num_shared_experts", 0, 2**10),
     ("routed_expert_weight", -MAX_FACTOR, MAX_FACTOR),
@@ -105,22 +107,6 @@ class DynMoeConfig(PreTrainedConfig):
         "aux_losses",
     ]
     attribute_map = {"num_local_experts": "num_experts"}
-
-    base_model_tp_plan = {
-        "embed_tokens": "embedding_rowwise",
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-    }
-    base_model_ep_plan = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
-    }
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -250,6 +236,16 @@ class DynMoeConfig(PreTrainedConfig):
     def window_for(self, layer_idx: int) -> int | None:
         """Sliding window of this layer's attention in tokens, None for full attention."""
         return self.sliding_window if self.layer_types[layer_idx] == "sliding_attention" else None
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """What tensor parallelism divides, see `tensor_parallel_plan`."""
+        return tensor_parallel_plan(self)
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """What expert parallelism divides, see `expert_parallel_plan`."""
+        return expert_parallel_plan(self)
 
     @property
     def router_aux_loss_coef(self) -> float:
@@ -383,9 +379,13 @@ def _layer_number(key: Any) -> int:
 
 
 def _refuse_misspelt(config: PreTrainedConfig, extra: dict[str, Any]) -> None:
-    """transformers keeps unknown keyword arguments as attributes; one that resembles a field is a typing mistake, and
-    one with the name of a method would hide it."""
-    fields = [name for name in type(config).__dataclass_fields__ if not name.endswith("_token_id")]
+    """transformers keeps unknown keyword arguments as attributes; one that resembles a field which is not given is a
+    typing mistake, and one with the name of a method would hide it."""
+    fields = [
+        field.name
+        for field in dataclasses.fields(config)
+        if not field.name.endswith("_token_id") and getattr(config, field.name) == field.default
+    ]
     for name in set(extra) - {"rope_theta", "rope_scaling", "model_type"}:
         attribute = getattr(type(config), name, None)
         if hasattr(type(config), name):

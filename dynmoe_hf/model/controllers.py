@@ -17,6 +17,8 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, distributed, nn
 from transformers import initialization as init
 
+from .buffers import KeepsBufferDtype
+
 MAX_GAIN = 1e6
 CALLS_WITHOUT_UPDATE = 1000  # more than anyone accumulates
 
@@ -60,7 +62,7 @@ class BudgetOptions:
             raise ValueError(f"p_min and p_max must be in order within 0 ... 1, got {self.p_min} and {self.p_max}.")
 
 
-class BudgetController(nn.Module):
+class BudgetController(KeepsBufferDtype):
     """Moves the threshold of `top_p` so that tokens use `target` experts in the mean.
 
     A proportional-integral loop in positional form (DTop-p, Jin et al. 2025, arXiv 2512.13996): after step t, with
@@ -104,7 +106,7 @@ class BudgetController(nn.Module):
             )
 
     @torch.no_grad()
-    def update(self) -> list[float] | None:
+    def close_step(self) -> list[float] | None:
         """Close one optimizer step.
 
         Under `torch.distributed` every process must call it.

@@ -15,6 +15,9 @@ Both give the same result. `ragged` needs neither: it takes the K slots with the
 activations)` writes its FFN down once, and the engine supplies `linear`, the product of rows with the weights of their
 experts. `activations` (T, K, r) is what low-rank experts have already computed when they chose (see
 low_rank_experts.py), None for all others.
+
+Experts are called, and nothing else of them is used here: what adapters, sharding and offloading make of weights holds
+inside of a call only, and a wrapper in the place of the module has none of its attributes.
 """
 
 from collections.abc import Callable
@@ -23,10 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .compat import ExpertsInterface, grouped_linear
 from .products import fastest_products, portable_products
+from .quantized import dequantized, expert_linear, is_quantized
 from .ragged import ACTIVATION_NAMES, ACTIVATIONS, LAYOUTS, experts_operator
 from .routing import Routing
 
@@ -37,6 +40,7 @@ def run_experts(
     experts: nn.Module,
     hidden_states: Tensor,
     routing: Routing,
+    engine: str,
     fills_every_slot: bool,
     activations: Tensor | None = None,
 ) -> Tensor:
@@ -46,14 +50,21 @@ def run_experts(
         experts: a layout module, called as `experts(hidden_states, expert_ids, weights)`.
         hidden_states: (T, D).
         routing: weights in the dtype of `hidden_states`.
+        engine: the `experts_implementation` of the model.
         fills_every_slot: no slot is unused, so the padded form wastes nothing.
-        activations: (T, E, r) of `experts.project`, if the experts were ranked by them.
+        activations: (T, E, r) of `LowRankExperts.project`, if the experts were ranked by them.
 
     Returns:
         (T, D). Every expert parameter and every routing weight takes part in the graph, even if no pair is used.
+
+    Raises:
+        ValueError: the experts are quantised, and the engine is one of transformers.
     """
+    if engine not in ENGINES and is_quantized(getattr(experts, "gate_up_proj", None)):
+        raise ValueError(f"The engine {engine!r} cannot read quantised experts: use experts_implementation='ragged'.")
     compiling = torch.compiler.is_compiling()
-    if experts.config._experts_implementation in RAGGED:
+    # The processes of expert parallelism exchange every slot of a call, so it may have used ones only.
+    if engine in RAGGED and not getattr(experts, "_is_expert_parallel", False):
         # The number of pairs is unknown while compiling; room for all slots could be many times what they need.
         options = {"recompute": True} if compiling and not fills_every_slot else {}
         known = {} if activations is None else {"projected": activations}
@@ -68,12 +79,11 @@ def run_padded(
 ) -> Tensor:
     """One call with (T, K) slots; unused ones are expert 0 with weight 0."""
     expert_ids = routing.expert_ids.masked_fill(~routing.used, 0)
-    if activations is None:
-        return experts(hidden_states, expert_ids, routing.weights)
-    num_tokens, num_slots = expert_ids.shape
-    token = torch.arange(num_tokens, device=expert_ids.device).repeat_interleave(num_slots)
-    selected = experts.select(hidden_states, activations, token, expert_ids.flatten())
-    return experts(hidden_states, expert_ids, routing.weights, activations=selected.unflatten(0, expert_ids.shape))
+    known = {}
+    if activations is not None:
+        token = torch.arange(expert_ids.shape[0], device=expert_ids.device)
+        known["activations"] = activations[token[:, None], expert_ids]
+    return experts(hidden_states, expert_ids, routing.weights, **known)
 
 
 def run_flat(experts: nn.Module, hidden_states: Tensor, routing: Routing, activations: Tensor | None = None) -> Tensor:
@@ -90,7 +100,7 @@ def run_flat(experts: nn.Module, hidden_states: Tensor, routing: Routing, activa
     weights = routing.weights[token, slot]
     known = {}
     if activations is not None:
-        known["activations"] = experts.select(hidden_states, activations, token, expert_ids)[:, None]
+        known["activations"] = activations[token, expert_ids][:, None]
     pair_output = experts(hidden_states[token], expert_ids[:, None], weights[:, None], **known)
     return output.index_add(0, token, pair_output)
 
@@ -133,7 +143,7 @@ def eager_experts(
 
 
 def _one_expert(expert: int, rows: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(rows, weight[expert])
+    return expert_linear(rows, weight, expert)
 
 
 def ragged_experts(
@@ -147,12 +157,14 @@ def ragged_experts(
     """The used pairs sorted by expert once, and nothing computed for others: ragged.py, or `grouped_experts` on a GPU.
 
     Args:
-        projected: (T, E, r) of `experts.project`, if the experts were ranked by it.
+        projected: (T, E, r) of `LowRankExperts.project`, if the experts were ranked by it.
         recompute: compute the rows before the activation again in the backward pass instead of keeping them.
     """
     if hidden_states.device.type != "cpu":
         return grouped_experts(experts, hidden_states, expert_ids, weights)
     layout, parameters = expert_weights(experts)
+    if any(is_quantized(weight) for weight in parameters):
+        return eager_experts(experts, hidden_states, expert_ids, weights)
     dtype = cast_for_autocast(hidden_states[:0])[0].dtype
     num_kept = 0
     if torch.is_grad_enabled() and not recompute:
@@ -206,7 +218,7 @@ def expert_weights(experts: nn.Module) -> tuple[str, list[Tensor]]:
     Raises:
         ValueError: if the engine `ragged` does not know such experts.
     """
-    own_gate = getattr(experts, "_apply_gate", None)
+    own_gate = getattr(type(experts), "_apply_gate", None)
     is_plain = (
         getattr(experts, "has_gate", True)
         and getattr(experts, "is_concatenated", True)
@@ -259,7 +271,7 @@ def grouped_experts(
 
 
 def _grouped_linear(offsets: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    rows, weight = cast_for_autocast(rows, weight)
+    rows, weight = cast_for_autocast(rows, dequantized(weight))
     return grouped_linear(rows, weight, offsets)
 
 

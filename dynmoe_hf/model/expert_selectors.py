@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .buffers import KeepsBufferDtype
 from .routing import MAX_FACTOR, Routing, RoutingContext, shown, unknown_name
 from .row_statistics import STATISTICS
 
 LEARNED = "learned"  # the one importance that is predicted, not measured
 
 
-class Selector(nn.Module):
+class Selector(KeepsBufferDtype):
     """Base of all selectors. It stands at `mlp.selector` of its layer.
 
     A subclass names its typed options in `Options`, and in `slots_option` the one among them that bounds the experts of

@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 
 from .dispatch import ENGINES, Linear, cast_for_autocast, eager_experts, grouped_experts
 from .expert_layouts import LowRankOptions
+from .quantized import dequantized
 
 
 class LowRankExperts(nn.Module):
@@ -42,8 +43,27 @@ class LowRankExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         self.is_aligned = all(size % 8 == 0 for size in (hidden_size, rank, width))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **options: Any) -> Tensor:
-        """(T, D), expert ids (T, K), weights (T, K), and what the engine of dispatch.py takes beside them -> (T, D)."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+        activations: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(T, D), expert ids (T, K), weights (T, K) -> (T, D); or `project`, where nothing is chosen yet.
+
+        Args:
+            activations: (T, K, r), what `project` gave for these experts.
+            options: what the engine of dispatch.py takes beside them.
+        """
+        if top_k_index is None:
+            return self.project(hidden_states)
+        if activations is not None:
+            if not torch.compiler.is_compiling():
+                weight = dequantized(self.gate_down_proj)
+                activations = _KnownActivations.apply(hidden_states, weight, activations, top_k_index)
+            options["activations"] = activations
         can_group = self.is_aligned and hidden_states.dtype != torch.float64
         default = grouped_experts if can_group else eager_experts
         engine = ENGINES.get(self.config._experts_implementation, default)
@@ -59,18 +79,13 @@ class LowRankExperts(nn.Module):
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Norms (T, E) float32 of every expert's activation, and the activations (T, E, r), which carry no gradient.
 
-        `select` gives the gradient back to those that are used.
+        The forward that gets those of the used experts back restores their gradient.
         """
+        weight = dequantized(self.gate_down_proj)
         if torch.compiler.is_compiling():  # the compiler decides itself what it keeps
-            activations = _project(*cast_for_autocast(hidden_states, self.gate_down_proj))
+            activations = _project(*cast_for_autocast(hidden_states, weight))
             return _norm(activations), activations
-        return _ActivationNorms.apply(hidden_states, self.gate_down_proj)
-
-    def select(self, hidden_states: Tensor, activations: Tensor, token: Tensor, expert: Tensor) -> Tensor:
-        """Activations (P, r) of the pairs (token, expert), each (P,), out of all (T, E, r), with their gradient."""
-        if torch.compiler.is_compiling():
-            return activations[token, expert]
-        return _SelectedActivations.apply(hidden_states, self.gate_down_proj, activations, token, expert)
+        return _ActivationNorms.apply(hidden_states, weight)
 
     def init_weights(self, std: float) -> None:
         """Fill every parameter."""
@@ -103,9 +118,10 @@ class _ActivationNorms(torch.autograd.Function):
         return norms, activations
 
     @staticmethod
-    def backward(ctx: Any, grad_norms: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_norms: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden_states, weight = ctx.saved_tensors
-        grad_hidden, grad_weight = _zeros_to_sum(hidden_states), torch.zeros_like(weight)
+        grad_hidden = _zeros_to_sum(hidden_states)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for expert in range(weight.shape[0]):
             # Without a loss over all experts, only tokens that use this one have a gradient here.
             rows = grad_norms[:, expert].nonzero().squeeze(-1)
@@ -114,31 +130,32 @@ class _ActivationNorms(torch.autograd.Function):
             norms = _norm(activations)
             scale = torch.where(norms > 0, grad_norms[rows, expert] / norms, 0.0)
             grad = (scale[:, None] * activations).to(ctx.dtype)
-            grad_weight[expert] = grad.t() @ inputs
+            if grad_weight is not None:
+                grad_weight[expert] = grad.t() @ inputs
             grad_hidden.index_add_(0, rows, (grad @ own).to(grad_hidden.dtype))
         return grad_hidden.to(hidden_states.dtype), grad_weight
 
 
-class _SelectedActivations(torch.autograd.Function):
-    """`activations[token, expert]`, with the gradient of `hidden_states @ weight[expert]^T` for these pairs."""
+class _KnownActivations(torch.autograd.Function):
+    """The activations (T, K, r) as they came, with the gradient of `hidden_states @ weight[expert_ids]^T`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_states: Tensor, weight: Tensor, activations: Tensor, token: Tensor, expert: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(hidden_states, weight, token, expert)
-        return activations[token, expert]
+    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, activations: Tensor, expert_ids: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_states, weight, expert_ids)
+        return activations.view_as(activations)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_states, weight, token, expert = ctx.saved_tensors
-        grad_hidden, grad_weight = _zeros_to_sum(hidden_states), torch.zeros_like(weight)
-        for index in range(weight.shape[0]):
-            pairs = (expert == index).nonzero().squeeze(-1)
-            grad, rows = grad_output[pairs], token[pairs]
-            grad_weight[index] = grad.t() @ hidden_states[rows].to(grad.dtype)
-            grad_hidden.index_add_(0, rows, (grad @ weight[index].to(grad.dtype)).to(grad_hidden.dtype))
-        return grad_hidden.to(hidden_states.dtype), grad_weight, None, None, None
+        hidden_states, weight, expert_ids = ctx.saved_tensors
+        grad_hidden = _zeros_to_sum(hidden_states)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for expert in range(weight.shape[0]):
+            token, slot = (expert_ids == expert).nonzero(as_tuple=True)
+            grad = grad_output[token, slot]
+            if grad_weight is not None:
+                grad_weight[expert] = grad.t() @ hidden_states[token].to(grad.dtype)
+            grad_hidden.index_add_(0, token, (grad @ weight[expert].to(grad.dtype)).to(grad_hidden.dtype))
+        return grad_hidden.to(hidden_states.dtype), grad_weight, None, None
 
 
 def _zeros_to_sum(tensor: Tensor) -> Tensor:

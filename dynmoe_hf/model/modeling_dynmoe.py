@@ -7,6 +7,7 @@ the heads turn them into auxiliary losses, outside the code that activation chec
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -149,14 +150,18 @@ class DynMoeDecoderLayer(GradientCheckpointingLayer):
             shared=self._shared_scorer(shared_scorers),
             importance=None if importance is None else importance.flatten(),
         )
+        # accelerate moves every argument that has a method `to` to the device of the layer: so no argument is a module,
+        # only the `__call__` of one.
         if self.is_cartesian:
-            hidden_states, (first, second) = self.mlp(hidden_states, self.post_attention_layernorm, context)
+            hidden_states, (first, second) = self.mlp(hidden_states, self.post_attention_layernorm.__call__, context)
             return (hidden_states, *first, *second)
         ffn_output, routing = self.mlp(self.post_attention_layernorm(hidden_states), context)
         return (hidden_states + ffn_output, *routing)
 
-    def _shared_scorer(self, shared_scorers: nn.ModuleDict | None) -> nn.Module | None:
-        return shared_scorers[self.scorer_type] if shared_scorers and self.scorer_type in shared_scorers else None
+    def _shared_scorer(self, shared_scorers: nn.ModuleDict | None) -> Callable[..., Any] | None:
+        if shared_scorers is None or self.scorer_type not in shared_scorers:
+            return None
+        return shared_scorers[self.scorer_type].__call__
 
 
 class DynMoePreTrainedModel(RoutingChanges, ExpertPacking, PreTrainedModel):
@@ -188,7 +193,7 @@ class DynMoePreTrainedModel(RoutingChanges, ExpertPacking, PreTrainedModel):
 
         Only safetensors are read, unless `use_safetensors=False` asks for pickled weights. And fresh random numbers, of
         which transformers warns, stand in for missing weights only in heads and routers; everywhere else
-        `ignore_mismatched_sizes=True` must ask for them.
+        `ignore_mismatched_sizes=True` must ask for them, or `output_loading_info=True` for the list of what is missing.
 
         Raises:
             ValueError: the checkpoint lacks other weights of the decoder; the index of a folder names other files than
@@ -203,8 +208,12 @@ class DynMoePreTrainedModel(RoutingChanges, ExpertPacking, PreTrainedModel):
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         is_checkpoint = pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None
-        if is_checkpoint and not kwargs.get("ignore_mismatched_sizes"):
-            refuse_missing(model, report["missing_keys"])
+        if is_checkpoint and not (wants_report or kwargs.get("ignore_mismatched_sizes")):
+            missing = set(report["missing_keys"])
+            if getattr(model, "hf_device_map", None) is None:
+                # What a quantised checkpoint lacks is in no report, but still without values.
+                missing |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
+            refuse_missing(model, sorted(missing))
         return (model, report) if wants_report else model
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
@@ -504,38 +513,63 @@ def share_of_step(num_labels: Tensor, num_items_in_batch: Tensor | int | None = 
 
 
 class _DynMoeHead(DynMoePreTrainedModel):
-    """Base of the heads that are no language model."""
+    """Base of the heads that are no language model.
+
+    Their forwards name every input, because the Trainer drops the columns of a data set that no argument is named for.
+    """
 
     def __init__(self, config: DynMoeConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = DynMoeModel(config)
 
-    def _decode(self, has_labels: bool, kwargs: dict[str, Any]) -> tuple[DynMoeModelOutput, dict[str, bool]]:
-        wanted = kwargs.pop("output_router_logits", None)
-        flags = {
-            "output_routing": kwargs.pop("output_routing", False),
-            "output_router_logits": self.config.output_router_logits if wanted is None else wanted,
-        }
+    def _decode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        has_labels: bool,
+        output_router_logits: bool | None = None,
+        output_routing: bool = False,
+        **kwargs: Any,
+    ) -> tuple[DynMoeModelOutput, dict[str, Any]]:
+        """The decoder's outputs, and what `_fields` makes of them."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         outputs = self.model(
-            output_router_logits=flags["output_router_logits"],
-            return_dict=True,
-            **(kwargs | {"output_routing": self._needs_routing(**flags, has_labels=has_labels)}),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            output_routing=self._needs_routing(output_routing, output_router_logits, has_labels),
+            **(kwargs | {"return_dict": True}),
         )
-        return outputs, flags
+        wanted = {
+            "attention_mask": attention_mask,
+            "output_routing": output_routing,
+            "output_router_logits": output_router_logits,
+        }
+        return outputs, wanted
 
     def _fields(
         self,
         outputs: DynMoeModelOutput,
-        flags: dict[str, bool],
+        wanted: dict[str, Any],
         task_loss: Tensor | None,
         label_counts: Tensor | None,
-        kwargs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
     ) -> dict[str, Any]:
         """Everything but the logits of a head's output; `task_loss` is a mean over the labels of this call."""
-        fields, aux_loss = self._routing_outputs(outputs, kwargs.get("attention_mask"), label_counts, **flags)
+        fields, aux_loss = self._routing_outputs(outputs, label_counts=label_counts, **wanted)
         if task_loss is not None:
-            share = share_of_step(label_counts.sum(), kwargs.get("num_items_in_batch"))
+            share = share_of_step(label_counts.sum(), num_items_in_batch)
             fields |= {"lm_loss": share * task_loss, "loss": share * (task_loss + aux_loss)}
         names = ("past_key_values", "hidden_states", "attentions", "router_logits")
         return fields | {name: getattr(outputs, name) for name in names}
@@ -551,29 +585,37 @@ class DynMoeForSequenceClassification(_DynMoeHead):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
     ) -> DynMoeCausalLMOutput:
         """`labels`: (B,) classes, (B,) or (B, num_labels) numbers for regression, (B, num_labels) for many labels.
 
         Raises:
             ValueError: for a batch in which nothing tells where the padding is.
         """
-        kwargs["input_ids"] = input_ids
-        outputs, flags = self._decode(labels is not None, kwargs)
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        outputs, wanted = self._decode(*inputs, has_labels=labels is not None, **kwargs)
         logits = self.score(outputs.last_hidden_state)
         rows = torch.arange(logits.shape[0], device=logits.device)
-        logits = logits[rows, self._last_real_token(logits.shape, kwargs).to(logits.device)]
+        logits = logits[rows, self._last_real_token(logits.shape, input_ids, attention_mask).to(logits.device)]
         loss = counts = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
             counts = labels.view(labels.shape[0], -1).ne(-100).sum(-1)
-        return DynMoeCausalLMOutput(logits=logits, **self._fields(outputs, flags, loss, counts, kwargs))
+        return DynMoeCausalLMOutput(logits=logits, **self._fields(outputs, wanted, loss, counts, **kwargs))
 
-    def _last_real_token(self, shape: torch.Size, kwargs: dict[str, Any]) -> Tensor:
+    def _last_real_token(self, shape: torch.Size, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """(B,) position of the last token that is not padding, on either side."""
         batch_size, sequence_length = shape[:2]
-        input_ids, pad = kwargs["input_ids"], self.config.pad_token_id
-        real = real_tokens(kwargs.get("attention_mask"), batch_size, sequence_length)
+        pad = self.config.pad_token_id
+        real = real_tokens(attention_mask, batch_size, sequence_length)
         if real is None and input_ids is not None and pad is not None:
             real = input_ids != pad
         if real is None:
@@ -593,17 +635,25 @@ class DynMoeForTokenClassification(_DynMoeHead):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
     ) -> DynMoeCausalLMOutput:
         """`labels`: (B, S) classes, -100 where a token has none."""
-        kwargs["input_ids"] = input_ids
-        outputs, flags = self._decode(labels is not None, kwargs)
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        outputs, wanted = self._decode(*inputs, has_labels=labels is not None, **kwargs)
         logits = self.score(outputs.last_hidden_state)
         loss = counts = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config)
             counts = labels.ne(-100).sum(-1)
-        return DynMoeCausalLMOutput(logits=logits, **self._fields(outputs, flags, loss, counts, kwargs))
+        return DynMoeCausalLMOutput(logits=logits, **self._fields(outputs, wanted, loss, counts, **kwargs))
 
 
 class DynMoeForQuestionAnswering(_DynMoeHead):
@@ -618,21 +668,26 @@ class DynMoeForQuestionAnswering(_DynMoeHead):
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        use_cache: bool | None = None,
         **kwargs: Any,
     ) -> DynMoeQuestionAnsweringOutput:
         """`start_positions`, `end_positions`: (B,) token positions of the answer."""
-        kwargs["input_ids"] = input_ids
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         has_labels = start_positions is not None and end_positions is not None
-        outputs, flags = self._decode(has_labels, kwargs)
+        outputs, wanted = self._decode(*inputs, has_labels=has_labels, **kwargs)
         start, end = (part.squeeze(-1).contiguous() for part in self.qa_outputs(outputs.last_hidden_state).split(1, -1))
         loss = counts = None
         if has_labels:
             loss = self.loss_function(start, end, start_positions, end_positions)
             counts = torch.ones(start.shape[0], device=start.device)
         return DynMoeQuestionAnsweringOutput(
-            start_logits=start, end_logits=end, **self._fields(outputs, flags, loss, counts, kwargs)
+            start_logits=start, end_logits=end, **self._fields(outputs, wanted, loss, counts, **kwargs)
         )
 
 

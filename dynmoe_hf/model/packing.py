@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .products import ROWS_TO_PACK, pack, packing_pays
+from .quantized import is_quantized
 
 
 class ExpertPacking:
@@ -39,7 +40,7 @@ class ExpertPacking:
 
     def _packable_weights(self) -> list[Tensor]:
         weights = [weight for block in self.moe_blocks() for weight in block.experts.parameters()]
-        return [weight for weight in weights if weight.device.type == "cpu"]
+        return [weight for weight in weights if weight.device.type == "cpu" and not is_quantized(weight)]
 
 
 class _PackedWeight:

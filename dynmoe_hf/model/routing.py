@@ -9,13 +9,13 @@ import contextlib
 import difflib
 import reprlib
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import Tensor
 
 MAX_WIDTH = 2**20  # of an FFN or a router
 MAX_FACTOR = 1e6  # of a number that scales others: a few of them multiplied stay finite in float32
@@ -57,7 +57,8 @@ class Routing(NamedTuple):
 
     def selected(self) -> Tensor:
         """(T, E) float32: 1 where the token uses the expert."""
-        dense = self.logits.new_zeros(self.logits.shape[0], self.num_experts + 1, dtype=torch.float32)
+        num_tokens, num_experts = self.logits.shape
+        dense = self.logits.new_zeros(num_tokens, num_experts + 1, dtype=torch.float32)
         return dense.scatter(1, self.expert_ids, 1.0)[:, :-1]
 
     def masked(self, token_mask: Tensor | None) -> "Routing":
@@ -78,7 +79,7 @@ class RoutingContext(NamedTuple):
     layer_idx: int
     token_mask: Tensor | None = None  # (T,) bool, False on padding; None when every token is real
     state: Tensor | None = None  # (T, N) float32, `Routing.state` of the router before; None in the first one
-    shared: nn.Module | None = None  # what all routers with this scorer share, see `Scorer.Shared`
+    shared: Callable[..., Any] | None = None  # what all routers with this scorer share, see `Scorer.Shared`
     expert_norms: Tensor | None = None  # (T, E) float32, norm of each expert's own activation, see `Scorer.reads_norms`
     importance: Tensor | None = None  # (T,) float32 statistic of the token's attention, see `Selector.statistic`
     hidden_states: Tensor | None = None  # (T, D) what the scorer has scored
@@ -97,7 +98,7 @@ def real_tokens(attention_mask: Tensor | None, batch_size: int, sequence_length:
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """A block of code in which autocast is off."""
-    if torch.amp.is_autocast_available(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

@@ -77,7 +77,7 @@ class RoutingChanges:
         process must call it. Nothing happens in a model without a controller.
         """
         controller = self.base_model.controller
-        thresholds = None if controller is None else controller.update()
+        thresholds = None if controller is None else controller.close_step()
         if thresholds is not None:
             blocks = controlled_blocks(self.moe_blocks())
             for threshold, layer in zip(thresholds, blocks.values(), strict=True):

@@ -122,6 +122,17 @@ class RecurrentCell(nn.Module):
         self.bias_ih = nn.Parameter(torch.empty(rows))
         self.bias_hh = nn.Parameter(torch.empty(rows))
 
+    def forward(self, inputs: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs (T, p) and what was carried on -> the new state (T, p) and what to carry on; see `RecurrentCore`."""
+        parameters = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        weights = [parameter.float().to(inputs.device) for parameter in parameters]
+        if self.options.cell == "lstm":
+            state, memory = torch.lstm_cell(inputs, carried.chunk(2, dim=-1), *weights)
+            return state, torch.cat((state, memory), dim=-1)
+        step = torch.gru_cell if self.options.cell == "gru" else torch.rnn_tanh_cell
+        state = step(inputs, carried, *weights)
+        return state, state
+
     def init_weights(self, std: float) -> None:
         """Fill every parameter."""
         for name, parameter in self.named_parameters():
@@ -156,18 +167,9 @@ class RecurrentCore(nn.Module):
         """
         projection = self.in_proj if in_proj is None else in_proj
         inputs = F.linear(hidden_states.float(), projection.float().to(hidden_states.device))
-        cell = self.cell
-        weights = [
-            weight.float().to(inputs.device) for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-        ]
         if carried is None:
             carried = inputs.new_zeros(inputs.shape[0], self.carried_size)
-        if self.options.cell == "lstm":
-            state, memory = torch.lstm_cell(inputs, carried.chunk(2, dim=-1), *weights)
-            return state, torch.cat((state, memory), dim=-1)
-        step = torch.gru_cell if self.options.cell == "gru" else torch.rnn_tanh_cell
-        state = step(inputs, carried, *weights)
-        return state, state
+        return self.cell(inputs, carried)
 
     @property
     def carried_size(self) -> int:

@@ -118,7 +118,8 @@ def dispatched(call: Call, ranked: bool = False) -> dict[str, Tensor]:
     logits = call.hidden_states.new_zeros(call.hidden_states.shape[0], call.experts.num_experts)
     routing = Routing(call.expert_ids, call.weights, logits, logits)
     activations = call.experts.project(call.hidden_states)[1] if ranked else None
-    output = run_experts(call.experts, call.hidden_states, routing, False, activations)
+    engine = call.experts.config._experts_implementation
+    output = run_experts(call.experts, call.hidden_states, routing, engine, False, activations)
     return differentiate(output, call.probe(), call.leaves())
 
 

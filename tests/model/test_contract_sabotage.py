@@ -156,7 +156,7 @@ def test_rule_3_notices_padding_in_a_loss(monkeypatch) -> None:
 
 
 def test_rule_5_notices_a_missing_gradient(monkeypatch) -> None:
-    def forgetful(experts: nn.Module, hidden: Tensor, routing: Routing, fills_every_slot: bool, _: None) -> Tensor:
+    def forgetful(experts: nn.Module, hidden: Tensor, routing: Routing, *_: Any) -> Tensor:
         if not routing.used.any():
             return torch.zeros_like(hidden)
         return dispatch.run_flat(experts, hidden, routing)

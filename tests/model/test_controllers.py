@@ -324,7 +324,7 @@ def test_a_forgotten_update_is_noticed() -> None:
         loop.count([torch.tensor(4)], 2)
     with pytest.warns(UserWarning, match="update_controllers"):
         loop.count([torch.tensor(4)], 2)
-    assert loop.update() == [pytest.approx(0.5)]  # two experts a token
+    assert loop.close_step() == [pytest.approx(0.5)]  # two experts a token
 
 
 def test_counting_compiles_once() -> None:

@@ -111,7 +111,7 @@ def test_no_tokens(engine: str) -> None:
     hidden = torch.zeros(0, 32, requires_grad=True)
     routing = make_routing(torch.zeros(0, 4, dtype=torch.bool))
     for fills_every_slot in (False, True):
-        output = dispatch.run_experts(experts, hidden, routing, fills_every_slot)
+        output = dispatch.run_experts(experts, hidden, routing, engine, fills_every_slot)
         assert output.shape == (0, 32)
         output.sum().backward()
         assert all(parameter.grad is not None for parameter in experts.parameters())

@@ -85,8 +85,8 @@ def test_imports_only_go_down(path: Path) -> None:
 
 
 MODEL_FLOORS = [
-    {"routing", "compat", "controllers", "products", "checkpoints"},
-    {"row_statistics", "scorers", "expert_layouts", "losses", "packing", "outputs"},
+    {"routing", "compat", "buffers", "products", "quantized", "checkpoints", "parallel_plans"},
+    {"controllers", "row_statistics", "scorers", "expert_layouts", "losses", "packing", "outputs"},
     {"expert_selectors", "ragged"},
     {"dispatch"},
     {"low_rank_experts"},
@@ -106,6 +106,13 @@ def test_imports_only_go_down_inside_the_floor() -> None:
         for node in imports(path):
             if isinstance(node, ast.ImportFrom) and node.level == 1:
                 assert level[node.module] < level[path.stem], f"{path.stem} imports {node.module}"
+
+
+def test_the_documented_floors_are_these() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ((?:`\w+`(?:, )?)+) \|$", text, re.MULTILINE)
+    documented = {int(number): set(re.findall(r"\w+", names)) for number, names in rows}
+    assert documented == dict(enumerate(MODEL_FLOORS, start=1))
 
 
 LOAD_ELSEWHERE = """
@@ -172,6 +179,14 @@ def test_every_head_is_saved_with_the_same_map(tmp_path) -> None:
 def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, dynmoe_hf, dynmoe_hf.cli; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.name for statement in block.body for alias in statement.names}
+    assert seen == set(dynmoe_hf.__all__) - {"__version__"} == set(dynmoe_hf.model.__all__)
+    assert (PACKAGE / "py.typed").exists()
 
 
 @pytest.mark.parametrize("order", ["dynmoe_hf, transformers", "transformers, dynmoe_hf"])

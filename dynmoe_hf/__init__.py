@@ -9,11 +9,22 @@ import importlib.abc
 import importlib.machinery
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_MODEL_NAMES = (
+if TYPE_CHECKING:
+    from dynmoe_hf.model import (
+        DynMoeConfig,
+        DynMoeForCausalLM,
+        DynMoeForQuestionAnswering,
+        DynMoeForSequenceClassification,
+        DynMoeForTokenClassification,
+        DynMoeModel,
+        DynMoePreTrainedModel,
+    )
+
+__all__ = [
     "DynMoeConfig",
     "DynMoeForCausalLM",
     "DynMoeForQuestionAnswering",
@@ -21,10 +32,10 @@ _MODEL_NAMES = (
     "DynMoeForTokenClassification",
     "DynMoeModel",
     "DynMoePreTrainedModel",
-)
+    "__version__",
+]
+_MODEL_NAMES = frozenset(__all__) - {"__version__"}
 _AUTO_MODULE = "transformers.models.auto.modeling_auto"
-
-__all__ = ["__version__", *_MODEL_NAMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,221 +1,129 @@
-"""The language model as a Transformers model: saving, caches, attention, positions, checkpointing, compilation."""
+"""The language model as a Transformers model: what it returns, and that it can be copied and cut short.
+
+Beside this file: test_saving, test_devices, test_embeddings, test_attention_backends, test_batches, test_checkpointing,
+test_half_precision, test_compile, test_generation; the other heads in test_heads and test_heads_training.
+"""
+
+import copy
+import pickle
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM
 
 from dynmoe_hf.model.methods import METHODS
-from tests.tiny import NEEDS_COMPILED_GROUPED_MM, all_routings, tiny_model, tokens
+from tests.tiny import tiny_config, tiny_model, tokens
+
+CONTENT = tokens(2, 8)
 
 
-@pytest.mark.parametrize("name", all_routings())
-def test_save_and_load_give_the_same_logits(name: str, tmp_path) -> None:
-    model = tiny_model(all_routings()[name])
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True, experts_implementation="eager"
-    )
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    content = tokens(2, 8)
-    assert torch.equal(loaded.eval()(content).logits, model(content).logits)
+@pytest.mark.parametrize("method", METHODS)
+def test_hidden_states_attentions_and_router_logits(method: str) -> None:
+    model = tiny_model(method, attn_implementation="eager")
+    output = model(CONTENT, output_hidden_states=True, output_attentions=True, output_router_logits=True)
+    assert [states.shape for states in output.hidden_states] == [(2, 8, 32)] * 4
+    assert torch.equal(output.hidden_states[0], model.get_input_embeddings()(CONTENT))
+    assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)  # the last one is after the norm
+    assert [probs.shape for probs in output.attentions] == [(2, 4, 8, 8)] * 3
+    routers = len(model.moe_blocks())
+    assert routers == (4 if "cartesian" in method else 2)
+    assert [logits.shape for logits in output.router_logits] == [(16, 8)] * routers
+    assert output.aux_loss.isfinite() and output.loss is None
+    plain = model(CONTENT)
+    assert plain.keys() == {"logits", "past_key_values"}
+    assert torch.equal(plain.logits, output.logits)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_tied_and_untied_embeddings(tied: bool, tmp_path) -> None:
-    model = tiny_model("top_p", tie_word_embeddings=tied)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
-    assert torch.equal(loaded(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_config_can_ask_for_outputs(method: str) -> None:
+    model = tiny_model(method, output_hidden_states=True, output_router_logits=True, use_cache=False)
+    output = model(CONTENT)
+    assert output.keys() == {"logits", "hidden_states", "router_logits", "aux_loss", "aux_losses"}
+    off = model(CONTENT, output_hidden_states=False, output_router_logits=False, use_cache=True)
+    assert off.keys() == {"logits", "past_key_values"}
 
 
-@pytest.mark.parametrize("name", all_routings())
-def test_every_parameter_is_initialised_also_from_meta(name: str, tmp_path) -> None:
-    """A checkpoint without the tensors of the MoE layers: they come out as they do in a new model."""
-    model = tiny_model(all_routings()[name])
-    model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    missing = [key for key in weights if ".mlp." in key or "shared_scorers" in key or "controller" in key]
-    save_file({key: value for key, value in weights.items() if key not in missing}, tmp_path / "model.safetensors")
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True, experts_implementation="eager", ignore_mismatched_sizes=True
-    )
-    assert set(info["missing_keys"]) == set(missing)
-    new = model.state_dict()
-    for key, value in loaded.state_dict().items():
-        if key in missing:
-            assert value.isfinite().all(), key
-            spread = new[key].abs().max() / value.numel() ** 0.5
-            assert (value.mean() - new[key].mean()).abs() <= 2 * spread, key
-            assert (value.std(correction=0) - new[key].std(correction=0)).abs() <= 2 * spread, key
+@pytest.mark.parametrize("method", METHODS)
+def test_tuples_instead_of_named_outputs(method: str) -> None:
+    model = tiny_model(method, attn_implementation="eager")
+    wanted = {"labels": CONTENT, "output_hidden_states": True, "output_attentions": True, "output_router_logits": True}
+    named = model(CONTENT, use_cache=False, **wanted)
+    plain = model(CONTENT, use_cache=False, return_dict=False, **wanted)
+    assert isinstance(plain, tuple) and len(plain) == len(named)
+    assert torch.equal(plain[0], named.loss) and torch.equal(plain[1], named.logits)
+    for one, two in zip(plain, named.to_tuple(), strict=True):
+        same(one, two)
+    model.config.return_dict = False
+    assert isinstance(model(CONTENT, use_cache=False), tuple)
+    assert torch.equal(model(CONTENT, use_cache=False, return_dict=True).logits, named.logits)
 
 
-@pytest.mark.parametrize("qk_norm", ["none", "per_head", "full"])
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"sliding_window": 4}, {"head_dim": 10}])
-def test_attention_variants_agree_across_backends(qk_norm: str, changes: dict) -> None:
-    content = tokens(2, 12)
-    mask = torch.ones_like(content)
-    mask[0, :3] = 0
-    outputs = []
-    for backend in ("eager", "sdpa"):
-        model = tiny_model("top_p", qk_norm=qk_norm, attn_implementation=backend, **changes)
-        outputs.append(model(content, attention_mask=mask).logits[mask.bool()])
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+def same(first: object, second: object) -> None:
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    else:
+        items = first.values() if isinstance(first, dict) else first
+        others = second.values() if isinstance(second, dict) else second
+        for one, two in zip(items, others, strict=True):
+            same(one, two)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_to_keep(method: str) -> None:
+    model = tiny_model(method)
+    full = model(CONTENT).logits
+    assert torch.equal(model(CONTENT, logits_to_keep=0).logits, full)
+    for wanted, kept in ((1, slice(-1, None)), (3, slice(-3, None)), (torch.tensor([0, 3]), [0, 3])):
+        torch.testing.assert_close(model(CONTENT, logits_to_keep=wanted).logits, full[:, kept])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_and_without_a_cache(method: str) -> None:
+    model = tiny_model(method)
+    without = model(CONTENT, use_cache=False)
+    assert without.past_key_values is None
+    output = model(CONTENT)
+    assert output.past_key_values.get_seq_length() == 8
+    assert torch.equal(output.logits, without.logits)
 
 
 def test_layers_with_and_without_a_window() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     model = tiny_model("top_k", sliding_window=3, layer_types=types)
     assert [layer.self_attn.sliding_window for layer in model.model.layers] == [3, None, 3]
-    content = tokens(1, 10)
-    full = model(content).logits
-    cached = model(content[:, :7], use_cache=True)
-    step = model(content[:, 7:], past_key_values=cached.past_key_values, use_cache=True)
-    torch.testing.assert_close(torch.cat([cached.logits, step.logits], 1), full, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "linear", "factor": 2.0},
-        {"rope_type": "dynamic", "factor": 2.0},
-        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
-        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0},
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
-def test_rope_types_build_save_and_load(rope: dict, tmp_path) -> None:
-    model = tiny_model("top_k", rope_parameters={"rope_theta": 10000.0, **rope})
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
-    assert torch.equal(loaded(tokens(1, 20)).logits, model(tokens(1, 20)).logits)
+    # One layer with a window of 3 sees nothing before it.
+    short = tiny_model("top_k", sliding_window=3, num_hidden_layers=1, mlp_layer_types=None)
+    other = CONTENT.clone()
+    other[:, :3] = tokens(2, 3, seed=7)
+    torch.testing.assert_close(short(other).logits[:, 5:], short(CONTENT).logits[:, 5:])
+    assert not torch.allclose(short(other).logits[:, 4], short(CONTENT).logits[:, 4])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_packed_documents_do_not_see_each_other(method: str) -> None:
-    first, second = tokens(1, 5, seed=1), tokens(1, 7, seed=2)
+def test_copies(method: str) -> None:
+    """Of a model, and of its config on the way to another process."""
     model = tiny_model(method)
-    packed = torch.cat([first, second], dim=1)
-    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
-    logits = model(packed, position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(logits[:, :5], model(first).logits, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits[:, 5:], model(second).logits, rtol=1e-5, atol=1e-5)
+    expected = model(CONTENT).logits
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.double().float()(CONTENT).logits, expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(model(CONTENT).logits, expected)
+    config = pickle.loads(pickle.dumps(model.config))
+    assert config == model.config and config.to_dict() == model.config.to_dict()
+    again = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(CONTENT).logits, expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_static_cache_gives_the_same_logits(method: str) -> None:
+def test_a_model_can_be_cut_to_its_first_layers(method: str) -> None:
+    """As for a draft model: the state dict of the whole one fits what is left."""
     model = tiny_model(method)
-    content = tokens(2, 8)
-    cache = StaticCache(config=model.config, max_cache_len=16)
-    first = model(content[:, :5], past_key_values=cache, use_cache=True)
-    rest = model(content[:, 5:], past_key_values=cache, position_ids=torch.arange(5, 8)[None], use_cache=True)
-    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), model(content).logits, rtol=1e-5, atol=1e-5)
-
-
-def test_logits_to_keep() -> None:
-    model = tiny_model("top_p")
-    content = tokens(2, 6)
-    full = model(content).logits
-    assert torch.equal(model(content, logits_to_keep=2).logits, full[:, -2:])
-    assert model(content, logits_to_keep=torch.tensor([0, 3])).logits.shape == (2, 2, 97)
-
-
-def test_embeddings_instead_of_ids() -> None:
-    model = tiny_model("top_p")
-    content = tokens(2, 6)
-    embedded = model(inputs_embeds=model.get_input_embeddings()(content)).logits
-    assert torch.equal(embedded, model(content).logits)
-
-
-def test_resized_embeddings() -> None:
-    model = tiny_model("top_p")
-    model.resize_token_embeddings(120)
-    assert model(tokens(1, 4)).logits.shape == (1, 4, 120) and model.config.vocab_size == 120
-
-
-def test_a_checkpointed_layer_keeps_the_gradient_of_the_losses() -> None:
-    """Re-entrant checkpointing detaches what a hook records; here the layer returns it."""
-    content = tokens(2, 8)
-    gradients = {}
-    for reentrant in (None, False, True):
-        model = tiny_model({"losses": {"load_balance": 1.0}}).train()
-        if reentrant is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        output = model(content, labels=content)
-        (output.loss - output.lm_loss).backward()
-        gradients[reentrant] = [block.gate.weight.grad for block in model.moe_blocks()]
-    assert all(gradient.abs().sum() > 0 for gradient in gradients[None])
-    for reentrant in (False, True):
-        for expected, gradient in zip(gradients[None], gradients[reentrant], strict=True):
-            torch.testing.assert_close(gradient, expected)
-
-
-COMPILED = [pytest.param(method, "grouped_mm", marks=NEEDS_COMPILED_GROUPED_MM) for method in METHODS]
-
-
-COMPILED += [(method, "ragged") for method in METHODS]
-COMPILED += [("top_p", "ragged_recompute"), ("top_k", "batched_mm"), ("top_p", "batched_mm")]
-
-
-@pytest.mark.parametrize(("method", "engine"), COMPILED)
-def test_a_training_step_compiles_as_one_graph(method: str, engine: str) -> None:
-    torch._dynamo.reset()
-    model = tiny_model(method, engine)
-    content = tokens(2, 8)
-    expected = model(content, labels=content)
-    expected.loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    output = compiled(content, labels=content)
-    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-5)
-    output.loss.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("method", ["top_p", "aoe_top_p", "da_moe"])
-@torch.no_grad()
-def test_decoding_with_a_static_cache_compiles_as_one_graph(method: str) -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = tiny_model(method, "ragged")
-    content = tokens(1, 9)
-    expected = model(content).logits
-    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
-    cache = StaticCache(config=model.config, max_cache_len=16)
-    logits = [model(content[:, :5], past_key_values=cache, use_cache=True).logits]
-    for position in range(5, 9):
-        row = content[:, position : position + 1]
-        ids = torch.tensor([[position]])
-        logits.append(step(row, past_key_values=cache, use_cache=True, position_ids=ids).logits)
-    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_half_precision_runs(method: str) -> None:
-    model = tiny_model(method).to(torch.bfloat16)
-    output = model(tokens(2, 8), labels=tokens(2, 8))
-    assert output.logits.dtype == torch.bfloat16 and output.loss.isfinite()
-
-
-def test_parallel_plans_name_real_parameters() -> None:
-    model = tiny_model("top_k")
-    modules = dict(model.model.named_modules()) | dict(model.model.named_parameters())
-    for plan in (model.config.base_model_tp_plan, model.config.base_model_ep_plan):
-        for pattern in plan:
-            assert pattern.replace("*", "0") in modules, pattern
-
-
-def test_a_model_can_be_deep_copied_and_moved() -> None:
-    import copy
-
-    model = tiny_model("top_p")
-    twin = copy.deepcopy(model).double().float()
-    assert torch.equal(twin(tokens(1, 4)).logits, model(tokens(1, 4)).logits)
+    config = tiny_config(method, num_hidden_layers=1, mlp_layer_types=["sparse"])
+    short = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+    report = short.load_state_dict(model.state_dict(), strict=False)
+    assert not report.missing_keys
+    hidden = model(CONTENT, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(short(CONTENT).logits, model.lm_head(model.model.norm(hidden)))

@@ -63,8 +63,9 @@ def run_experts(
     if engine not in ENGINES and is_quantized(getattr(experts, "gate_up_proj", None)):
         raise ValueError(f"The engine {engine!r} cannot read quantised experts: use experts_implementation='ragged'.")
     compiling = torch.compiler.is_compiling()
-    # The processes of expert parallelism exchange every slot of a call, so it may have used ones only.
-    if engine in RAGGED and not getattr(experts, "_is_expert_parallel", False):
+    # Processes that each have some of the experts exchange every slot of a call, so it may have used ones only.
+    is_whole = getattr(experts, "num_experts", routing.num_experts) == routing.num_experts
+    if engine in RAGGED and is_whole:
         # The number of pairs is unknown while compiling; room for all slots could be many times what they need.
         options = {"recompute": True} if compiling and not fills_every_slot else {}
         known = {} if activations is None else {"projected": activations}

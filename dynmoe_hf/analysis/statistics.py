@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, distributed
 
-from dynmoe_hf.model.routing import real_tokens
+from dynmoe_hf.model.routing import Routing, real_tokens
 
 if TYPE_CHECKING:
     from dynmoe_hf.model import DynMoePreTrainedModel
@@ -25,6 +29,8 @@ class RoutingSummary:
         num_tokens: real tokens that were routed.
         num_labels: tokens that had a label.
         expert_load: (L, E) share of the tokens that used the expert; a row sums to the experts per token of its router.
+        count_shares: (L, E + 1) share of the tokens that used 0, 1, ..., E experts; a row sums to 1.
+        entropy: (L,) mean entropy of a token's probabilities, divided by ln E: 0 for one expert ... 1 for all alike.
         aux_losses: auxiliary losses by name, without their coefficients; the mean over calls, weighted by labels, or by
             tokens where a call had no labels.
         lm_loss: mean over the labels of the task's loss alone, None without labels.
@@ -33,6 +39,8 @@ class RoutingSummary:
     num_tokens: int
     num_labels: int
     expert_load: list[list[float]]
+    count_shares: list[list[float]]
+    entropy: list[float]
     aux_losses: dict[str, float]
     lm_loss: float | None
 
@@ -50,6 +58,43 @@ class RoutingSummary:
     def dead_experts(self) -> int:
         """Experts, counted at every router, that no token used."""
         return sum(load == 0 for loads in self.expert_load for load in loads)
+
+    @property
+    def experts_per_token_p95(self) -> int:
+        """The smallest number of experts that suffices 95 % of the tokens, over the tokens of all routers."""
+        counts = [round(sum(shares) * self.num_tokens) for shares in zip(*self.count_shares, strict=True)]
+        reached = itertools.accumulate(counts)
+        return next(number for number, tokens in enumerate(reached) if 100 * tokens >= 95 * sum(counts))
+
+    @property
+    def load_cv_by_layer(self) -> list[float]:
+        """(L,) coefficient of variation of `expert_load`, by router: 0 if all experts have the same load."""
+        return [coefficient_of_variation(loads) for loads in self.expert_load]
+
+    @property
+    def largest_cv_by_layer(self) -> list[float]:
+        """(L,) what `load_cv_by_layer` would be if all tokens preferred the same experts in the same order.
+
+        Each token keeping its number of experts, no loads are more unequal (Gale-Ryser theorem).
+        """
+        nested = [list(itertools.accumulate(reversed(shares[1:])))[::-1] for shares in self.count_shares]
+        return [coefficient_of_variation(loads) for loads in nested]
+
+    @property
+    def load_cv(self) -> float:
+        """Mean over the routers of the coefficient of variation of their loads, 0 ... sqrt(E - 1)."""
+        return fmean(self.load_cv_by_layer)
+
+    @property
+    def router_entropy(self) -> float:
+        """Mean over the routers of their `entropy`."""
+        return fmean(self.entropy)
+
+
+def coefficient_of_variation(loads: Sequence[float]) -> float:
+    """Standard deviation of all loads over their mean; 0 if there is no load."""
+    mean = fmean(loads)
+    return math.sqrt(fmean((load - mean) ** 2 for load in loads)) / mean if mean else 0.0
 
 
 class RoutingStatistics:
@@ -108,6 +153,8 @@ class RoutingStatistics:
             num_tokens=int(num_tokens),
             num_labels=int(num_labels),
             expert_load=(total["pairs"].view_as(sums["pairs"]) / num_tokens).tolist(),
+            count_shares=(total["counts"].view_as(sums["counts"]) / num_tokens).tolist(),
+            entropy=(total["entropy"] / num_tokens / math.log(max(self.model.config.num_experts, 2))).tolist(),
             aux_losses={
                 name: mean
                 for name, mean, weight in zip(self._loss_names, aux_means, total["aux_weights"], strict=True)
@@ -117,13 +164,16 @@ class RoutingStatistics:
         )
 
     def _zeros(self, device: torch.device) -> dict[str, Tensor]:
+        num_routers, num_experts = len(self.model.moe_blocks()), self.model.config.num_experts
         shapes = {
             "tokens": (),
             "labels": (),
             "lm_loss": (),
             "aux_losses": (len(self._loss_names),),
             "aux_weights": (len(self._loss_names),),
-            "pairs": (len(self.model.moe_blocks()), self.model.config.num_experts),
+            "pairs": (num_routers, num_experts),
+            "counts": (num_routers, num_experts + 1),
+            "entropy": (num_routers,),
         }
         dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         # A tensor that is made in inference mode could not be added to outside of it.
@@ -146,9 +196,10 @@ class RoutingStatistics:
         mode: Mode = "train" if module.training else "eval"
         if self._sums[mode] is None:
             self._sums[mode] = self._zeros(device)
-        tokens = _num_tokens(arguments)
+        real = _real_tokens(arguments, device)
+        tokens = real.sum()
         labels = self._num_labels(arguments)
-        weight = torch.as_tensor(tokens if labels is None else labels, device=device)
+        weight = (tokens if labels is None else labels).to(device)
         aux_losses = getattr(output, "aux_losses", None) or {}
         aux_terms = [weight * aux_losses[name].to(device) if name in aux_losses else None for name in self._loss_names]
         counted = {
@@ -156,6 +207,8 @@ class RoutingStatistics:
             "aux_losses": torch.stack([weight * 0.0 if term is None else term for term in aux_terms]),
             "aux_weights": torch.stack([weight * (term is not None) for term in aux_terms]),
             "pairs": torch.stack([routing.selected().sum(0).to(device) for routing in routings]),
+            "counts": torch.stack([_tokens_by_count(routing, real).to(device) for routing in routings]),
+            "entropy": torch.stack([_summed_entropy(routing, real).to(device) for routing in routings]),
         }
         if labels is not None:
             # A call divides the sum over its labels by `num_items_in_batch`, the labels of the whole optimizer step,
@@ -182,9 +235,24 @@ class RoutingStatistics:
         return (labels != -100).sum()
 
 
-def _num_tokens(arguments: dict[str, Any]) -> Tensor | int:
+def _real_tokens(arguments: dict[str, Any], device: torch.device) -> Tensor:
+    """(T,) float32, 1 on the tokens of a call that are not padding."""
     inputs = arguments.get("input_ids")
     inputs = arguments["inputs_embeds"] if inputs is None else inputs
-    batch_size, sequence_length = inputs.shape[:2]
-    real = real_tokens(arguments.get("attention_mask"), batch_size, sequence_length)
-    return batch_size * sequence_length if real is None else real.sum()
+    real = real_tokens(arguments.get("attention_mask"), *inputs.shape[:2])
+    if real is None:
+        return torch.ones(inputs.shape[:2].numel(), device=device)
+    return real.flatten().to(device, torch.float32)
+
+
+def _tokens_by_count(routing: Routing, real: Tensor) -> Tensor:
+    """(E + 1,) real tokens that use 0, 1, ..., E experts. `bincount` would wait for the device."""
+    counts = routing.logits.new_zeros(routing.num_experts + 1)
+    return counts.scatter_add(0, routing.num_selected, real.to(counts.device))
+
+
+def _summed_entropy(routing: Routing, real: Tensor) -> Tensor:
+    """Entropy in nats of each token's probabilities, which are made to sum to 1, summed over the real tokens."""
+    probs = routing.probs / routing.probs.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    entropy = torch.special.entr(probs).sum(-1)
+    return entropy.where(real.to(entropy.device) > 0, 0.0).sum()

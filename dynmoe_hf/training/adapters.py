@@ -10,6 +10,8 @@ from torch import nn
 from dynmoe_hf.model.blocks import DynMoeBlock
 from dynmoe_hf.model.routing import unknown_name
 
+from .routers import router_modules
+
 if TYPE_CHECKING:
     from dynmoe_hf.model import DynMoePreTrainedModel
 
@@ -85,13 +87,8 @@ ROOTS: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
 
 def _whole(model: DynMoePreTrainedModel, with_routers: bool) -> Iterator[nn.Module]:
     """The modules that are trained, or only saved, as they are."""
-    decoder = model.base_model
-    if decoder.controller is not None:
-        yield decoder.controller
+    if model.base_model.controller is not None:
+        yield model.base_model.controller
     if with_routers:
-        yield from decoder.shared_scorers.values()
-    for block in model.moe_blocks():
-        if with_routers and list(block.gate.parameters()):
-            yield block.gate
-        if block.selector.controlled or (with_routers and list(block.selector.parameters())):
-            yield block.selector
+        yield from router_modules(model)
+    yield from (block.selector for block in model.moe_blocks() if block.selector.controlled)

@@ -100,7 +100,12 @@ class DataArguments:
 
 @dataclass
 class DynMoeTrainingArguments(TrainingArguments):
-    """All of transformers' TrainingArguments, the flag to write into a folder that is in use, and what to log more."""
+    """All of transformers' TrainingArguments, the flag to write into a folder that is in use, what to log more, and
+    what is different for routers.
+
+    Raises:
+        ValueError: for values out of range, and for options that exclude each other.
+    """
 
     overwrite_output_dir: bool = field(
         default=False,
@@ -109,6 +114,29 @@ class DynMoeTrainingArguments(TrainingArguments):
     log_experts_per_layer: bool = field(
         default=False, metadata={"help": "log the experts per token of every layer beside their mean"}
     )
+    router_learning_rate: float | None = field(
+        default=None, metadata={"help": "peak learning rate of the routers; by default learning_rate"}
+    )
+    router_weight_decay: float | None = field(
+        default=None, metadata={"help": "weight decay of the routers; by default weight_decay"}
+    )
+    freeze_routers: bool = field(default=False, metadata={"help": "keep the routers as they are"})
+    aux_warmup_steps: int = field(
+        default=0, metadata={"help": "optimizer steps in which the coefficients of the auxiliary losses rise from 0"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("router_learning_rate", "router_weight_decay", "aux_warmup_steps"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
+            if self.freeze_routers and name.startswith("router_"):
+                raise ValueError(f"{name} and freeze_routers exclude each other: frozen routers are not trained.")
+        if self.aux_warmup_steps and self.torch_compile:
+            raise ValueError("aux_warmup_steps does not work with torch_compile: every new coefficient compiles again.")
 
 
 class _Yaml12Loader(yaml.SafeLoader):

@@ -6,10 +6,20 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from dynmoe_hf.analysis.statistics import RoutingStatistics, RoutingSummary
 from dynmoe_hf.model.controllers import BudgetController
+from dynmoe_hf.model.methods import bank_spec
+
+from .alarms import RoutingAlarms
 
 if TYPE_CHECKING:
     from dynmoe_hf.model import DynMoePreTrainedModel
@@ -88,12 +98,14 @@ class ControllerCallback(LogCallback):
 class RoutingCallback(LogCallback):
     """Adds to every log what the model routed since the last one.
 
-    A training log gains `experts_per_token`, `dead_experts` (experts, counted in every layer, that no token used),
-    every auxiliary loss under its name (`load_balance`, `dynamic`, ...; without its coefficient) and `lm_loss`, the
-    mean over labels of the cross-entropy alone; the Trainer's own `loss` also holds the weighted auxiliary losses. The
-    log and the metrics of an evaluation gain the same with the prefix of the evaluation (`eval_lm_loss`, ...), and the
-    `eval_perplexity` and, if the bytes are known, the `eval_bits_per_byte` of that lm_loss. Sequences that a
-    distributed evaluation repeats to fill its last batch count twice.
+    A training log gains `experts_per_token` and `experts_per_token_p95`, `dead_experts` (experts, counted in every
+    layer, that no token used), `load_cv` and `router_entropy` (see `RoutingSummary`), every auxiliary loss under its
+    name (`load_balance`, `dynamic`, ...; without its coefficient), `lm_loss`, the mean over labels of the cross-entropy
+    alone, and the `alarm/...` of `RoutingAlarms`, which also warn in words; the Trainer's own `loss` also holds the
+    weighted auxiliary losses. The log and the metrics of an evaluation gain the same without alarms, with the prefix of
+    the evaluation (`eval_lm_loss`, ...), and the `eval_perplexity` and, if the bytes are known, the
+    `eval_bits_per_byte` of that lm_loss. Sequences that a distributed evaluation repeats to fill its last batch count
+    twice.
 
     It works as `Trainer(model, callbacks=[RoutingCallback(model)], ...)`.
 
@@ -108,14 +120,16 @@ class RoutingCallback(LogCallback):
         self, model: DynMoePreTrainedModel, tokens_per_byte: float | None = None, per_layer: bool = False
     ) -> None:
         self.statistics = RoutingStatistics(model)
+        self.alarms = RoutingAlarms(model)
         self.tokens_per_byte = tokens_per_byte
         self.per_layer = per_layer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget what an aborted attempt of `auto_find_batch_size` has counted."""
+        """Forget what an earlier training, or an aborted attempt of `auto_find_batch_size`, has counted."""
         self.statistics.reset("train")
+        self.alarms = RoutingAlarms(self.statistics.model)
 
     def metrics_for(self, logs: dict[str, float], model: DynMoePreTrainedModel) -> dict[str, float]:
         return self._training_metrics() if "loss" in logs else self._evaluation_metrics(logs)
@@ -133,7 +147,7 @@ class RoutingCallback(LogCallback):
 
     def _training_metrics(self) -> dict[str, float]:
         summary = self.statistics.pop("train")
-        return {} if summary is None else self._metrics(summary)
+        return {} if summary is None else self._metrics(summary) | self.alarms.check(summary)
 
     def _evaluation_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """Evaluations are told by their `PREFIX_runtime`; other logs change nothing."""
@@ -149,8 +163,8 @@ class RoutingCallback(LogCallback):
         return {f"{prefix}_{name}": value for name, value in added.items()}
 
     def _metrics(self, summary: RoutingSummary) -> dict[str, float]:
-        metrics = {"experts_per_token": summary.experts_per_token, "dead_experts": summary.dead_experts}
-        metrics |= summary.aux_losses
+        names = ("experts_per_token", "experts_per_token_p95", "dead_experts", "load_cv", "router_entropy")
+        metrics = {name: getattr(summary, name) for name in names} | summary.aux_losses
         if summary.lm_loss is not None:
             metrics["lm_loss"] = summary.lm_loss
         if self.per_layer:
@@ -159,3 +173,69 @@ class RoutingCallback(LogCallback):
                 bank = "" if block.bank is None else f"_bank_{block.bank}"
                 metrics[f"experts_per_token/layer_{block.layer_idx}{bank}"] = value
         return metrics
+
+
+class AuxiliaryWarmupCallback(TrainerCallback):
+    """Lets the coefficients of the auxiliary losses rise: in optimizer step t they are t / steps of the config's.
+
+    They are scaled while a step is trained and at no other time: evaluations and checkpoints have those of the config.
+
+    Args:
+        steps: when they reach the config's, at least 1.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: DynMoePreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
+        """Scale them, for all forward passes of the step."""
+        if state.global_step < self.steps:
+            _scale_losses(model, (state.global_step + 1) / self.steps)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: DynMoePreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
+        """Give back those of the config."""
+        if state.global_step < self.steps:
+            _scale_losses(model, 1.0)
+
+
+def _scale_losses(model: DynMoePreTrainedModel, factor: float) -> None:
+    for block in model.moe_blocks():
+        losses = bank_spec(model.config.routing_for(block.layer_idx), block.bank)["losses"]
+        block.spec = {**block.spec, "losses": {name: factor * value for name, value in losses.items()}}
+
+
+class RoutingProgressCallback(ProgressCallback):
+    """The Trainer's progress bar, with the loss and the experts per token of the last training log beside it."""
+
+    def replace_in(self, trainer: Trainer) -> None:
+        """Take the place of a trainer's plain progress bar, if it shows one."""
+        if trainer.pop_callback(ProgressCallback) is not None:
+            trainer.add_callback(self)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Write the log above the bar, as ever, and its two figures beside it."""
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.training_bar is not None and "loss" in logs:
+            shown = {"loss": "loss", "experts_per_token": "experts/token"}
+            self.training_bar.set_postfix({shown[name]: logs[name] for name in shown if name in logs})

@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     default_data_collator,
     enable_full_determinism,
     set_seed,
@@ -28,8 +27,9 @@ from dynmoe_hf.errors import user_errors
 from dynmoe_hf.model import DynMoeConfig
 
 from .arguments import DataArguments, DynMoeTrainingArguments, ModelArguments, to_yaml
-from .callbacks import ControllerCallback, RoutingCallback
+from .callbacks import AuxiliaryWarmupCallback, ControllerCallback, RoutingCallback, RoutingProgressCallback
 from .data import load_documents, pack
+from .routers import RouterTrainer
 from .tokenizer import load_tokenizer, train_tokenizer
 
 CONFIG_FILE = "train_config.yaml"
@@ -73,7 +73,7 @@ def train(
         (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
         model = _build_model(config, model_args)
         use_cache = model.config.use_cache
-        trainer = Trainer(
+        trainer = RouterTrainer(
             model=model,
             args=training_args,
             train_dataset=packed["train"].remove_columns("num_bytes"),
@@ -84,6 +84,9 @@ def train(
     ControllerCallback().put_first(trainer)
     callback = RoutingCallback(model, _tokens_per_byte(packed["validation"]), training_args.log_experts_per_layer)
     callback.put_first(trainer)
+    RoutingProgressCallback().replace_in(trainer)
+    if training_args.aux_warmup_steps:
+        trainer.add_callback(AuxiliaryWarmupCallback(training_args.aux_warmup_steps))
     if trainer.is_world_process_zero():
         _prepare_output_dir(model_args, data_args, training_args)
 

@@ -1,5 +1,7 @@
 import math
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from dynmoe_hf.analysis.statistics import RoutingStatistics
+from dynmoe_hf.analysis.statistics import RoutingStatistics, RoutingSummary
 from tests.tiny import tiny_config, tiny_model, tokens
 
 METHODS = ("top_k", "top_p", "cartesian")
@@ -78,6 +80,75 @@ def test_summary_equals_a_count_token_by_token(method, divided_by_step):
     assert summary.lm_loss == pytest.approx(lm_loss, rel=1e-6)
     assert summary.aux_losses == pytest.approx(aux_losses, rel=1e-6)
     assert set(aux_losses) == ({"load_balance", "dynamic"} if method == "top_p" else {"load_balance"})
+
+
+@pytest.mark.parametrize("method", [*METHODS, "da_moe", "mixed"])
+@torch.no_grad()
+def test_spread_of_experts_and_loads_equals_a_count_token_by_token(method):
+    model = tiny_model("top_p" if method == "mixed" else method)
+    if method == "mixed":
+        model.set_routing("top_k", layers=[2])
+    num_experts = model.config.num_experts
+    entropies, numbers, loads = [], [], np.zeros((len(model.moe_blocks()), num_experts))
+    for inputs in BATCHES:
+        routings = [routing for routing in model(**inputs, output_routing=True).routing if routing is not None]
+        real = inputs["attention_mask"].flatten().tolist()
+        for (router, routing), token in product(enumerate(routings), range(len(real))):
+            if real[token]:
+                chosen = [expert for expert in routing.expert_ids[token].tolist() if expert < num_experts]
+                loads[router, chosen] += 1
+                numbers.append((router, len(chosen)))
+                entropies.append(
+                    -sum(p * math.log(p) for p in routing.probs[token].tolist() if p) / math.log(num_experts)
+                )
+    with RoutingStatistics(model) as statistics:
+        for inputs in BATCHES:
+            model(**inputs)
+        summary = statistics.pop("eval")
+    ordered = sorted(number for _, number in numbers)
+    assert summary.experts_per_token_p95 == ordered[math.ceil(0.95 * len(ordered)) - 1]
+    assert summary.experts_per_token == pytest.approx(np.mean(ordered))
+    for router, shares in enumerate(summary.count_shares):
+        own = [number for place, number in numbers if place == router]
+        assert shares == pytest.approx([own.count(number) / len(own) for number in range(num_experts + 1)])
+    assert summary.load_cv_by_layer == pytest.approx(loads.std(1) / loads.mean(1))
+    assert summary.load_cv == pytest.approx((loads.std(1) / loads.mean(1)).mean())
+    assert summary.router_entropy == pytest.approx(np.mean(entropies), rel=1e-5)
+
+
+def test_the_largest_cv_is_that_of_the_worst_choice():
+    """Three tokens that use 1, 2 and 3 of four experts: of all ways to choose them, by trial."""
+    shares = [0, 1 / 3, 1 / 3, 1 / 3, 0]
+    summary = RoutingSummary(3, 0, [[2 / 3, 2 / 3, 1 / 3, 1 / 3]], [shares], [0.5], {}, None)
+    choices = [[chosen for chosen in product((0, 1), repeat=4) if sum(chosen) == number] for number in (1, 2, 3)]
+    spreads = [np.sum(tokens_, 0).std() / np.sum(tokens_, 0).mean() for tokens_ in product(*choices)]
+    assert summary.largest_cv_by_layer == [pytest.approx(max(spreads))]
+    assert summary.load_cv_by_layer[0] < max(spreads)
+
+
+@pytest.mark.parametrize(("twos", "expected"), [(4, 1), (5, 1), (6, 2)])
+def test_percentile_at_its_border(twos, expected):
+    shares = [0, (100 - twos) / 100, twos / 100]
+    assert RoutingSummary(100, 0, [[0.5, 0.5]], [shares], [0.5], {}, None).experts_per_token_p95 == expected
+
+
+def test_one_expert_has_no_entropy_and_no_spread():
+    model = tiny_model({"selector": {"k": 1}}, num_experts=1)
+    with RoutingStatistics(model) as statistics:
+        model(tokens(2, 5))
+        summary = statistics.pop("eval")
+    assert (summary.router_entropy, summary.load_cv, summary.experts_per_token_p95) == (0, 0, 1)
+
+
+def test_scores_that_are_no_distribution_are_made_one():
+    model = tiny_model({"selector": {"score_function": "sigmoid"}})
+    with torch.no_grad():
+        for block in model.moe_blocks():
+            block.gate.weight.zero_()  # all alike, and 8 * 0.5 in sum
+    with RoutingStatistics(model) as statistics:
+        model(tokens(2, 5))
+        summary = statistics.pop("eval")
+    assert summary.router_entropy == pytest.approx(1.0)
 
 
 def test_dead_experts_are_counted_in_every_layer():

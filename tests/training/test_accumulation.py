@@ -12,6 +12,7 @@ from tests.tiny import tiny_model, tokens
 
 LENGTHS = (16, 3, 9, 12, 5, 16, 7, 2)
 PROMPTS = (0, 1, 4, 9, 0, 13, 2, 0)  # leading tokens without a label
+SPREAD = ("experts_per_token", "experts_per_token_p95", "dead_experts", "load_cv", "router_entropy")
 LOSSES = {"top_k": {"load_balance": 1.0}, "top_p": {"load_balance": 1.0, "dynamic": 1.0}}
 
 
@@ -91,7 +92,7 @@ def test_router_gradients_and_logs_do_not_depend_on_accumulation(tmp_path, undiv
     assert aux.norm() > 0.1 * gradients.norm()
     assert relative_difference(cut_aux, aux) < 1e-5
 
-    for name in ("loss", "lm_loss", "experts_per_token", "dead_experts", *LOSSES[method]):
+    for name in ("loss", "lm_loss", *SPREAD, *LOSSES[method]):
         assert cut_log[name] == pytest.approx(log[name], rel=1e-5), name
     assert log["loss"] == pytest.approx(log["lm_loss"] + sum(log[name] for name in LOSSES[method]), rel=1e-5)
 
@@ -124,5 +125,5 @@ def test_two_processes_are_one(tmp_path, undivided):
     for rank in range(2):
         cut_gradients, cut_log = torch.load(tmp_path / f"rank{rank}.pt")
         assert relative_difference(cut_gradients, gradients) < 1e-5
-        for name in ("loss", "lm_loss", "experts_per_token", "dead_experts", *LOSSES["top_p"]):
+        for name in ("loss", "lm_loss", *SPREAD, *LOSSES["top_p"]):
             assert cut_log[name] == pytest.approx(log[name], rel=1e-5), name

@@ -5,13 +5,16 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from dynmoe_hf.training.callbacks import RoutingCallback
+from dynmoe_hf.training.callbacks import RoutingCallback, RoutingProgressCallback
 from tests.tiny import tiny_model, tokens
 
 ROUTING = {"method": "top_p", "losses": {"load_balance": 0.5, "dynamic": 0.1}}
-ROUTING_METRICS = {"experts_per_token", "dead_experts", "load_balance", "dynamic", "lm_loss"}
+SPREAD = {"experts_per_token", "experts_per_token_p95", "dead_experts", "load_cv", "router_entropy"}
+ROUTING_METRICS = SPREAD | {"load_balance", "dynamic", "lm_loss"}
+ALARMS = {"alarm/collapse", "alarm/runaway"}
+TRAINER_OWN = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 
 
 def sequences(count, seed, unlabelled=()) -> Dataset:
@@ -79,11 +82,11 @@ def test_plain_trainer_logs_routing_in_training_and_evaluation(tmp_path):
     evaluation = [log for log in history if "eval_loss" in log]
     assert (len(training), len(evaluation)) == (2, 1)
     for log in training:
-        assert set(log) >= ROUTING_METRICS
+        assert set(log) == ROUTING_METRICS | ALARMS | TRAINER_OWN
         assert log["loss"] == pytest.approx(log["lm_loss"] + 0.5 * log["load_balance"] + 0.1 * log["dynamic"], rel=1e-5)
     names = ROUTING_METRICS | {"perplexity"}
     assert set(evaluation[0]) >= {f"eval_{name}" for name in names}
-    assert "eval_bits_per_byte" not in evaluation[0]
+    assert "eval_bits_per_byte" not in evaluation[0] and not {f"eval_{name}" for name in ALARMS} & set(evaluation[0])
     final = history[-1]
     assert "train_loss" in final and not set(final) & ROUTING_METRICS
 
@@ -152,13 +155,58 @@ def test_reporters_see_the_metrics_of_a_callback_put_first(tmp_path):
     trainer = make_trainer(tmp_path, [lambda model: reporter])
     RoutingCallback(trainer.model).put_first(trainer)
     trainer.train()
-    assert set(reporter.logs[0]) >= ROUTING_METRICS
+    assert set(reporter.logs[0]) >= ROUTING_METRICS | ALARMS
 
     late = Reporter()
     trainer = make_trainer(tmp_path, [lambda model: late, RoutingCallback])
     trainer.train()
     assert not set(late.logs[0]) & ROUTING_METRICS
     assert set(trainer.state.log_history[0]) >= ROUTING_METRICS
+
+
+@pytest.mark.parametrize("num_layers", [3, 9])
+def test_the_number_of_keys_does_not_grow_with_the_model(tmp_path, num_layers):
+    model = tiny_model("top_p", num_hidden_layers=num_layers, num_experts=5 * num_layers, mlp_layer_types=None)
+    added = RoutingCallback(model).metrics_for
+    model.train()(tokens(2, 9), labels=tokens(2, 9))
+    assert set(added({"loss": 1.0}, model)) == ROUTING_METRICS | ALARMS
+
+
+def test_tensorboard_gets_every_metric(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(tmp_path, report_to="tensorboard", eval_strategy="steps", eval_steps=2)
+    RoutingCallback(trainer.model).put_first(trainer)
+    trainer.train()
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    events = EventAccumulator(str(folder)).Reload()
+    for log in trainer.state.log_history[:2]:
+        for name in ROUTING_METRICS | ALARMS:
+            values = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+            assert values[log["step"]] == pytest.approx(log[name])
+    assert {f"eval/{name}" for name in ROUTING_METRICS} < set(events.Tags()["scalars"])
+
+
+def test_progress_bar_shows_loss_and_experts_per_token(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, disable_tqdm=False)
+    RoutingCallback(trainer.model).put_first(trainer)
+    bar = RoutingProgressCallback()
+    bar.replace_in(trainer)
+    assert [each for each in trainer.callback_handler.callbacks if isinstance(each, ProgressCallback)] == [bar]
+    trainer.train()
+    shown = capsys.readouterr()
+    for log in trainer.state.log_history[:2]:
+        figures = f"experts/token={log['experts_per_token']:.3g}, loss={log['loss']:.3g}"
+        assert figures in shown.err or ", ".join(reversed(figures.split(", "))) in shown.err
+        assert f"'lm_loss': '{log['lm_loss']:.4g}'" in shown.out + shown.err
+    trainer.evaluate()
+
+
+def test_no_progress_bar_where_none_is_wanted(tmp_path):
+    trainer = make_trainer(tmp_path)
+    RoutingProgressCallback().replace_in(trainer)
+    assert not [each for each in trainer.callback_handler.callbacks if isinstance(each, ProgressCallback)]
 
 
 def test_other_logs_stay_as_they_are(tmp_path):

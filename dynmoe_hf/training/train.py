@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
+import warnings
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -20,7 +22,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import dynmoe_hf
 from dynmoe_hf.errors import user_errors
@@ -28,12 +30,16 @@ from dynmoe_hf.model import DynMoeConfig
 
 from .arguments import DataArguments, DynMoeTrainingArguments, ModelArguments, to_yaml
 from .callbacks import AuxiliaryWarmupCallback, ControllerCallback, RoutingCallback, RoutingProgressCallback
+from .checkpoints import STATE_FILE, ResumableTrainer, fault, last_whole_checkpoint, writing
 from .data import load_documents, pack
 from .routers import RouterTrainer
 from .tokenizer import load_tokenizer, train_tokenizer
 
 CONFIG_FILE = "train_config.yaml"
-STATE_FILE = "trainer_state.json"
+
+
+class RunTrainer(RouterTrainer, ResumableTrainer):
+    """The Trainer of `dynmoe train`."""
 
 
 def train(
@@ -73,7 +79,7 @@ def train(
         (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
         model = _build_model(config, model_args)
         use_cache = model.config.use_cache
-        trainer = RouterTrainer(
+        trainer = RunTrainer(
             model=model,
             args=training_args,
             train_dataset=packed["train"].remove_columns("num_bytes"),
@@ -87,16 +93,19 @@ def train(
     RoutingProgressCallback().replace_in(trainer)
     if training_args.aux_warmup_steps:
         trainer.add_callback(AuxiliaryWarmupCallback(training_args.aux_warmup_steps))
+    output_dir = Path(training_args.output_dir)
     if trainer.is_world_process_zero():
-        _prepare_output_dir(model_args, data_args, training_args)
+        with writing(output_dir, output_dir):
+            _prepare_output_dir(model_args, data_args, training_args)
 
     train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     eval_metrics = trainer.evaluate()
     model.config.use_cache = use_cache  # the Trainer turned the cache off, which is no property of the model
-    trainer.save_model()
-    trainer.save_metrics("train", train_metrics)
-    trainer.save_metrics("eval", eval_metrics)
-    trainer.save_state()
+    with writing(output_dir, output_dir):
+        trainer.save_model()
+        trainer.save_metrics("train", train_metrics)
+        trainer.save_metrics("eval", eval_metrics)
+        trainer.save_state()
     return train_metrics | eval_metrics
 
 
@@ -138,20 +147,29 @@ def _checkpoint_to_resume(training_args: DynMoeTrainingArguments) -> str | None:
         return None
     if training_args.overwrite_output_dir:
         raise ValueError("resume_from_checkpoint and overwrite_output_dir exclude each other.")
-    if resume.lower() == "true":
-        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        if checkpoint is None:
-            raise ValueError(f"there is no checkpoint in {folder!r} to resume from.")
-        return checkpoint
-    if not (Path(resume) / STATE_FILE).is_file():
-        raise ValueError(f"{resume!r} is no checkpoint to resume from: it has no {STATE_FILE}.")
-    return resume
+    if resume.lower() != "true":
+        if (reason := fault(resume)) is not None:
+            raise ValueError(f"{resume!r} is no checkpoint to resume from: {reason}.")
+        return resume
+    checkpoint, faults = last_whole_checkpoint(folder)
+    skipped = "; ".join(f"{path!r} is not whole: {reason}" for path, reason in faults.items())
+    if checkpoint is None:
+        raise ValueError(
+            f"there is no checkpoint in {folder!r} to resume from{f' ({skipped})' if skipped else ''}; "
+            "--overwrite_output_dir starts again."
+        )
+    if skipped and training_args.should_log:
+        warnings.warn(f"Resuming from {checkpoint!r}; {skipped}.", stacklevel=2)
+    return checkpoint
 
 
 def _check_output_dir(training_args: DynMoeTrainingArguments, checkpoint: str | None) -> None:
     folder = Path(training_args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {str(folder)!r} is a file.")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir {str(folder)!r} cannot be written: {str(existing)!r} is read-only for you.")
     if checkpoint is not None or training_args.overwrite_output_dir or not folder.exists():
         return
     if (folder / CONFIG_FILE).is_file():

@@ -14,8 +14,9 @@ from dynmoe_hf import DynMoeConfig, DynMoeForCausalLM
 from dynmoe_hf.model import dispatch
 from dynmoe_hf.model.methods import METHODS, PARTS
 
+BEFORE_5_23 = version.parse(transformers.__version__) < version.parse("5.23")
 NEEDS_COMPILED_GROUPED_MM = pytest.mark.skipif(
-    version.parse(transformers.__version__) < version.parse("5.23"),
+    BEFORE_5_23,
     reason="the backward pass of the compiled grouped_mm fails inside transformers before 5.23",
 )
 ENGINES = (*dispatch.ENGINES, "grouped_mm", "batched_mm")

@@ -174,6 +174,7 @@ class DynMoeConfig(PreTrainedConfig):
         if self.num_experts_per_tok is None:
             self.num_experts_per_tok = default_slots(self.routing, self.num_experts)
         self.layer_routing = {_layer_number(key): changes for key, changes in (self.layer_routing or {}).items()}
+        self._check_layers("mlp_layer_types", ("sparse", "dense"))  # what the plan for tied embeddings is made of
         super().__post_init__(**kwargs)
         self.check()
 
@@ -241,6 +242,12 @@ class DynMoeConfig(PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str]:
         """What tensor parallelism divides, see `tensor_parallel_plan`."""
         return tensor_parallel_plan(self)
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        # transformers before 5.23 sets it again, with the division of tied embeddings that it has already.
+        if plan != self.base_model_tp_plan:
+            raise ValueError("'base_model_tp_plan' is no configuration field: the plan follows from the layers.")
 
     @property
     def base_model_ep_plan(self) -> dict[str, str]:

@@ -11,9 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from dynmoe_hf import DynMoeForCausalLM, DynMoeForSequenceClassification
 from dynmoe_hf.model.methods import METHODS
-from tests.tiny import tiny_config, tiny_model, tokens
+from tests.tiny import BEFORE_5_23, tiny_config, tiny_model, tokens
 
 CONTENT = tokens(2, 8)
+PARTLY_ON_DISK = pytest.mark.skipif(
+    BEFORE_5_23, reason="transformers 5.20 sends all of so small a model to the disk, which it then refuses"
+)
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
 
 
@@ -69,6 +72,7 @@ def test_device_maps(method: str, tmp_path: Path) -> None:
         assert torch.equal(logits(loaded), expected)
 
 
+@PARTLY_ON_DISK
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_on_the_disk(method: str, tmp_path: Path) -> None:
     """Half of the model does not fit into the memory that it is given."""
@@ -102,6 +106,7 @@ def test_offloading_by_accelerate(method: str, where: str, tmp_path: Path) -> No
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+@PARTLY_ON_DISK
 @pytest.mark.parametrize("method", METHODS)
 def test_a_head_with_layers_on_the_disk(method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import torch
 
 from dynmoe_hf.model.methods import METHODS
 from tests.distributed import run_two_processes
-from tests.tiny import all_routings, tiny_config, tiny_model
+from tests.tiny import BEFORE_5_23, all_routings, tiny_config, tiny_model
 
 MODES = {
     "tensor": {"tp_size": 2},
@@ -63,6 +63,8 @@ if dist.get_rank() == 0:
 @pytest.mark.distributed
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_equal_one(mode: str, tmp_path: Path) -> None:
+    if BEFORE_5_23 and mode == "sharded and expert":
+        pytest.skip("the gradients of experts were others there with transformers 5.20")
     names = []
     for name in METHODS:
         model = tiny_model({"method": name}, qk_norm="per_head", vocab_size=96)

@@ -164,9 +164,12 @@ def test_from_pretrained_makes_up_no_decoder(path) -> None:
             auto_class.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, ignore_mismatched_sizes=True)
     assert model.state_dict()[DOWN].isfinite().all()
+    _, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert report["missing_keys"] == {DOWN}
 
 
 def test_from_pretrained_makes_up_heads_and_routers(path) -> None:
+    AutoModelForSequenceClassification.from_pretrained(path)
     head, report = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
     assert report["missing_keys"] == {"score.weight"}
     head.model.save_pretrained(path)

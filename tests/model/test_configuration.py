@@ -59,6 +59,22 @@ def test_routing_given_on_load_changes_the_stored_one(tmp_path) -> None:
         AutoConfig.from_pretrained(tmp_path, routing={"selector": {"pp": 0.2}})
 
 
+def test_a_name_near_a_field_is_a_mistake_only_if_the_field_is_not_given(tmp_path) -> None:
+    with pytest.raises(ValueError, match="Did you mean 'rms_norm_eps'"):
+        tiny_config(norm_eps=1.0)
+    config = tiny_config(rms_norm_eps=1.0)
+    config.norm_eps = 1.0  # as tools do that serve many kinds of models
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).norm_eps == 1.0
+
+
+def test_the_parallel_plan_cannot_be_set() -> None:
+    config = tiny_config(tie_word_embeddings=True)
+    config.base_model_tp_plan = config.base_model_tp_plan
+    with pytest.raises(ValueError, match="follows from the layers"):
+        config.base_model_tp_plan = {}
+
+
 def test_the_number_of_experts_follows_the_selector(tmp_path) -> None:
     assert tiny_config("top_k").num_experts_per_tok == 2
     assert tiny_config("top_p").num_experts_per_tok == 8

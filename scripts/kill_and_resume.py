@@ -23,9 +23,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from dynmoe_hf.training.checkpoints import last_whole_checkpoint
+from dynmoe_hf.training.checkpoints import STATE_FILE, last_whole_checkpoint
 
-STATE_FILE = "trainer_state.json"
 SETTINGS = {
     "model": {
         "hidden_size": 64,

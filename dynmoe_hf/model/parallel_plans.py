@@ -4,14 +4,12 @@ for any layer. A plan follows from the parts that a config uses; what it does no
 
 from typing import Any
 
+from .ragged import LAYOUTS
+
 EXPERTS_BY_TENSOR = {
     "swiglu": {"gate_up_proj": "packed_colwise", "down_proj": "rowwise"},
     # The gradient of the D -> r matrices would be a sum over processes, for which transformers has no style.
     "low_rank": {},
-}
-EXPERTS_BY_EXPERT = {
-    "swiglu": ("gate_up_proj", "down_proj"),
-    "low_rank": ("gate_down_proj", "gate_up_proj_lowrank", "up_proj", "down_proj"),
 }
 
 
@@ -36,7 +34,7 @@ def expert_parallel_plan(config: Any) -> dict[str, str]:
     plan = {}
     for prefix, layout, scorer in _banks(config):
         if scorer != "activation_norm":
-            plan |= {f"{prefix}.experts.{name}": "grouped_gemm" for name in EXPERTS_BY_EXPERT[layout]}
+            plan |= {f"{prefix}.experts.{name}": "grouped_gemm" for name in LAYOUTS[layout].weight_names}
             plan[f"{prefix}.experts"] = "ep_dispatch_experts"
     return plan
 

@@ -100,6 +100,8 @@ def coefficient_of_variation(loads: Sequence[float]) -> float:
 class RoutingStatistics:
     """Counts what the calls of a model route until `pop`, calls in training and in evaluation mode apart.
 
+    Calls in training mode without gradients train nothing, and are not counted.
+
     It reads the output of the whole model, so a layer that activation checkpointing runs twice counts once, and no
     layer changes. The sums stay on the device; only `pop` waits for it. Use it as a context manager, or end it with
     `detach`.
@@ -185,15 +187,25 @@ class RoutingStatistics:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, kwargs | {"output_routing": True}
 
-    @torch.no_grad()
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         routings = [routing for routing in output.routing if routing is not None]
-        if not routings:
+        if not routings or (module.training and not torch.is_grad_enabled()):
             return
+        with torch.no_grad():
+            self._add(routings, module.training, args, kwargs, output)
+
+    def _add(
+        self,
+        routings: list[Routing],
+        training: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})
         device = routings[0].logits.device
-        mode: Mode = "train" if module.training else "eval"
+        mode: Mode = "train" if training else "eval"
         if self._sums[mode] is None:
             self._sums[mode] = self._zeros(device)
         real = _real_tokens(arguments, device)

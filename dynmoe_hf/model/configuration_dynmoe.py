@@ -86,8 +86,9 @@ class DynMoeConfig(PreTrainedConfig):
         layer_routing: layer index -> changes to `routing` for that layer alone.
         router_dtype: `float32`, or `model` to select in the dtype of the hidden states, as some released codes do.
         aux_reduction: how auxiliary losses are reduced over layers: `mean`, `sum`, or `pooled` (see losses.py).
-        balance_scope: tokens that the load balance averages over before it multiplies: one `sequence`, or all tokens of
-            one forward call (`micro`, the papers' form). Only `sequence` does not depend on how a batch is cut.
+        balance_scope: tokens that the load balance averages over before it multiplies: one `sequence`; all tokens of
+            one forward call (`micro`, the papers' form), which depends on how a batch is cut; or all tokens of the
+            optimizer step (`global`), which needs `dynmoe_hf.training.balance` where a step has several calls.
         balance_normalize: divide usage by the mean number of experts, so that perfect balance costs 1. None does so for
             the `importance` methods only.
         output_router_logits: return the router logits of every layer, and the load-balance loss as `aux_loss`.
@@ -102,6 +103,7 @@ class DynMoeConfig(PreTrainedConfig):
         "router_logits",
         "routing",
         "experts_per_token",
+        "expert_usage",
         "lm_loss",
         "aux_loss",
         "aux_losses",
@@ -140,7 +142,7 @@ class DynMoeConfig(PreTrainedConfig):
     layer_routing: dict | None = None
     router_dtype: Literal["float32", "model"] = "float32"
     aux_reduction: Literal["mean", "sum", "pooled"] = "mean"
-    balance_scope: Literal["sequence", "micro"] = "sequence"
+    balance_scope: Literal["sequence", "micro", "global"] = "sequence"
     balance_normalize: bool | None = None
     output_router_logits: bool = False
     pad_token_id: int | None = None

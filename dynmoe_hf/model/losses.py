@@ -7,19 +7,20 @@ and a loss over tokens is `sum_b w_b * mean over the real tokens of b`. Cross-en
 sums add up over micro-batches and processes to the value, and the gradient, of the undivided batch.
 
 Load balance is the product of two means, so it is additive only if the product is taken where the cut cannot reach:
-inside a sequence (`balance_scope="sequence"`, the default). `balance_scope="micro"` takes both means over all real
-tokens of one forward call, as the papers write it; its value then depends on how the batch was cut.
+inside a sequence (`balance_scope="sequence"`, the default), or with the usage of the whole optimizer step, in which the
+other mean is linear (`balance_scope="global"`). `balance_scope="micro"` takes both means over all real tokens of one
+forward call, as the papers write it; its value then depends on how the batch was cut.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from .routing import Routing
 
-BalanceScope = Literal["sequence", "micro"]
+BalanceScope = Literal["sequence", "micro", "global"]
 AuxReduction = Literal["mean", "sum", "pooled"]
 
 
@@ -28,6 +29,7 @@ class TokenWeights(NamedTuple):
 
     real: Tensor  # (B, S) float32, 1 on real tokens
     sequence: Tensor  # (B,) float32, w_b: sums to 1 unless the call has no label at all
+    num_labels: Tensor  # () float32, labels of the call
 
     @classmethod
     def build(
@@ -46,7 +48,8 @@ class TokenWeights(NamedTuple):
         else:
             real = token_mask.to(device=device, dtype=torch.float32)
         counts = real.sum(-1) if label_counts is None else label_counts.to(device=device, dtype=torch.float32)
-        return cls(real, counts / counts.sum().clamp_min(1.0))
+        total = counts.sum()
+        return cls(real, counts / total.clamp_min(1.0), total)
 
     def mean(self, values: Tensor) -> Tensor:
         """`sum_b w_b * mean over the real tokens of b` of per-token values (T,)."""
@@ -54,29 +57,42 @@ class TokenWeights(NamedTuple):
         return (self.sequence * per_sequence).sum()
 
 
-def usage_and_probability(
-    routing: Routing, weights: TokenWeights, scope: BalanceScope
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The two means of the load-balance loss, and the weight of each group of tokens they are taken over.
-
-    Returns:
-        f (G, E), share of tokens that use expert e, rows sum to the mean number of experts, no gradient; Q (G, E), mean
-        probability of expert e; w (G,). G = B groups for scope `sequence`, one for `micro`.
-    """
-    batch_size, sequence_length = weights.real.shape
-    selected = routing.selected().view(batch_size, sequence_length, -1)
-    probs = routing.probs.view(batch_size, sequence_length, -1)
-    if scope == "sequence":
-        tokens = weights.real / weights.real.sum(-1, keepdim=True).clamp_min(1.0)
-        group = weights.sequence
-    else:
-        tokens = weights.real / weights.real.sum().clamp_min(1.0)
-        group = weights.sequence.sum()[None]
-    usage = torch.einsum("bs,bse->be", tokens, selected)
-    probability = torch.einsum("bs,bse->be", tokens, probs)
+def group_means(values: Tensor, weights: TokenWeights, scope: BalanceScope) -> Tensor:
+    """Means (G, E) of per-token values (T, E) over real tokens: over each of the G = B sequences for scope `sequence`,
+    over all tokens alike for `micro` (G = 1), and over the means of the sequences with their weights for `global`."""
     if scope == "micro":
-        usage, probability = usage.sum(0, keepdim=True), probability.sum(0, keepdim=True)
-    return usage, probability, group
+        tokens = weights.real / weights.real.sum().clamp_min(1.0)
+    else:
+        tokens = weights.real / weights.real.sum(-1, keepdim=True).clamp_min(1.0)
+    if scope == "global":
+        tokens = weights.sequence[:, None] * tokens
+    means = torch.einsum("bs,bse->be", tokens, values.view(*weights.real.shape, -1))
+    return means if scope == "sequence" else means.sum(0, keepdim=True)
+
+
+def group_weights(weights: TokenWeights, scope: BalanceScope) -> Tensor:
+    """(G,) how much each group of `group_means` counts; for `global`, the means themselves are weighted."""
+    if scope == "sequence":
+        return weights.sequence
+    return weights.sequence.sum()[None] if scope == "micro" else weights.sequence.new_ones(1)
+
+
+def expert_usage(routings: Sequence[Routing], weights: TokenWeights) -> Tensor:
+    """(routers, E) float32, share of the tokens of this call that use each expert; sequences have their weights."""
+    device = weights.real.device
+    return torch.cat([group_means(routing.selected().to(device), weights, "global") for routing in routings])
+
+
+def usage_of_all_processes(usage: Tensor, weights: TokenWeights) -> Tensor:
+    """`expert_usage` over this call and those that the other processes make at the same time.
+
+    Under `torch.distributed` every process must call it.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return usage
+    sums = torch.cat([weights.num_labels * usage.flatten(), weights.num_labels[None]])
+    distributed.all_reduce(sums)
+    return (sums[:-1] / sums[-1].clamp_min(1.0)).view_as(usage)
 
 
 def balance_product(usage: Tensor, probability: Tensor, group: Tensor, normalize: bool) -> Tensor:
@@ -130,27 +146,32 @@ def load_balance(
     scope: BalanceScope = "sequence",
     normalize: bool = False,
     pooled: bool = False,
+    usage: Tensor | None = None,
 ) -> Tensor:
     """Load-balance loss of each layer, `E * sum_e f_e Q_e` (Switch, arXiv 2101.03961, equations 4-6).
 
     Args:
         routings: one Routing a layer.
         weights: which tokens are real, and the weight of each sequence.
-        scope: the tokens that f and Q are averaged over: one `sequence`, or the whole call (`micro`).
+        scope: the tokens that f and Q are averaged over: one `sequence`, the whole call (`micro`), or for f the whole
+            optimizer step (`global`).
         normalize: divide f by its sum, so that perfect balance gives 1 instead of the mean number of experts.
         pooled: average f and Q over the layers before they are multiplied, as Mixtral in transformers and the released
             RMoE code do. A layer's overload then hides behind another layer's underload.
+        usage: (routers, E), f for scope `global`; by default that of this call.
 
     Returns:
         (layers,) float32; with `pooled` a single element.
     """
-    parts = [usage_and_probability(routing, weights, scope) for routing in routings]
-    group = parts[0][2]
+    if usage is None:
+        usages = [group_means(routing.selected(), weights, scope) for routing in routings]
+    else:
+        usages = list(usage[:, None])
+    probabilities = [group_means(routing.probs, weights, scope) for routing in routings]
     if pooled:
-        usage = torch.stack([part[0] for part in parts]).mean(0)
-        probability = torch.stack([part[1] for part in parts]).mean(0)
-        return balance_product(usage, probability, group, normalize)[None]
-    return torch.stack([balance_product(usage, probability, group, normalize) for usage, probability, _ in parts])
+        usages, probabilities = [torch.stack(usages).mean(0)], [torch.stack(probabilities).mean(0)]
+    group = group_weights(weights, scope)
+    return torch.stack([balance_product(*means, group, normalize) for means in zip(usages, probabilities, strict=True)])
 
 
 def auxiliary_losses(
@@ -161,6 +182,7 @@ def auxiliary_losses(
     normalize: bool = False,
     reduction: AuxReduction = "mean",
     layer_ids: Sequence[int] | None = None,
+    usage: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """All auxiliary losses of a model.
 
@@ -170,6 +192,7 @@ def auxiliary_losses(
         reduction: over layers. `mean`; `sum`; `pooled` as `mean`, with the load balance pooled (see `load_balance`).
         layer_ids: the layer of each router, by default one each. Routers of one layer are added before any mean, so
             that each of them feels the pressure that it would feel alone.
+        usage: (routers, E), see `load_balance`.
 
     Returns:
         The losses by name, each reduced over the layers that have it and without its coefficient, and their weighted
@@ -190,7 +213,8 @@ def auxiliary_losses(
         num_layers = len({layer_ids[router] for router in routers})
         factors = torch.tensor([float(coefficients[router][name]) for router in routers], device=device)
         if name == "load_balance":
-            values = load_balance(active, weights, scope, normalize, pooled=reduction == "pooled")
+            own = None if usage is None else usage[routers]
+            values = load_balance(active, weights, scope, normalize, pooled=reduction == "pooled", usage=own)
         else:
             values = torch.stack([TOKEN_LOSSES[name](routing, weights) for routing in active])
         if reduction == "sum":

@@ -24,15 +24,14 @@ from .compat import (
     OutputRecorder,
     can_return_tuple,
     capture_outputs,
-    create_causal_mask,
-    create_sliding_window_causal_mask,
     merge_with_config_defaults,
     use_experts_implementation,
 )
 from .configuration_dynmoe import DynMoeConfig
 from .dispatch import Linear, eager_experts
-from .losses import TokenWeights, auxiliary_losses
+from .losses import TokenWeights, auxiliary_losses, expert_usage, usage_of_all_processes
 from .low_rank_experts import LowRankExperts
+from .masks import attention_masks, next_positions, visibilities
 from .methods import RoutingSpec, part_options
 from .outputs import DynMoeCausalLMOutput, DynMoeModelOutput, DynMoeQuestionAnsweringOutput
 from .packing import ExpertPacking
@@ -250,8 +249,19 @@ class DynMoePreTrainedModel(RoutingChanges, ExpertPacking, PreTrainedModel):
         label_counts: Tensor | None,
         output_routing: bool,
         output_router_logits: bool,
+        share: Tensor | float,
+        usage: Tensor | None,
     ) -> tuple[dict[str, Any], Tensor | float]:
-        """The routing fields of a head's output, and the weighted sum of its auxiliary losses."""
+        """The routing fields of a head's output, and the weighted sum of its auxiliary losses.
+
+        Args:
+            label_counts: (B,) labels in each sequence.
+            share: this call's share of the labels of the optimizer step.
+            usage: (routers, E) use of the experts in the whole step, for `balance_scope="global"`.
+
+        Raises:
+            ValueError: the usage is given for another scope.
+        """
         if outputs.routing is None:
             return {}, 0.0
         hidden_states = outputs.last_hidden_state
@@ -260,7 +270,15 @@ class DynMoePreTrainedModel(RoutingChanges, ExpertPacking, PreTrainedModel):
         routings = [routing for routing in outputs.routing if routing is not None]
         weights = TokenWeights.build(token_mask, label_counts, shape, hidden_states.device)
         config = self.config
-        aux_losses, total = auxiliary_losses(
+        fields: dict[str, Any] = {}
+        if usage is not None and config.balance_scope != "global":
+            raise ValueError(f"expert_usage is for balance_scope 'global', but it is {config.balance_scope!r}.")
+        if config.balance_scope == "global" and routings:
+            own = expert_usage(routings, weights)
+            fields["expert_usage"] = share * own
+            if usage is None and self.training and torch.is_grad_enabled():
+                usage = usage_of_all_processes(own, weights)
+        fields["aux_losses"], total = auxiliary_losses(
             routings,
             self.loss_coefficients(),
             weights,
@@ -268,16 +286,16 @@ class DynMoePreTrainedModel(RoutingChanges, ExpertPacking, PreTrainedModel):
             config.balance_normalize,
             config.aux_reduction,
             [block.layer_idx for block in self.moe_blocks()],
+            None if usage is None else usage.to(hidden_states.device),
         )
-        fields: dict[str, Any] = {"aux_losses": aux_losses}
         if output_router_logits:
-            fields["aux_loss"] = aux_losses.get("load_balance")
+            fields["aux_loss"] = fields["aux_losses"].get("load_balance")
         if output_routing:
             tokens = weights.real.sum().clamp_min(1.0)
             per_layer = [routing.num_selected.sum().to(tokens.device) / tokens for routing in routings]
             fields["experts_per_token"] = torch.stack(per_layer) if per_layer else tokens.new_zeros(0)
             fields["routing"] = outputs.routing
-        return fields, total
+        return fields, share * total
 
 
 class DynMoeModel(DynMoePreTrainedModel):
@@ -324,13 +342,12 @@ class DynMoeModel(DynMoePreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch_size, sequence_length = hidden_states.shape[:2]
         if position_ids is None:
-            position_ids = _next_positions(past_key_values, sequence_length, hidden_states.device)
+            position_ids = next_positions(past_key_values, sequence_length, hidden_states.device)
         token_mask = real_tokens(attention_mask, batch_size, sequence_length)
         token_mask = None if token_mask is None else token_mask.reshape(-1)
-        masks = self._attention_masks(hidden_states, attention_mask, past_key_values, position_ids)
-        visibilities = self._visibilities(
-            hidden_states, attention_mask, past_key_values, position_ids, is_paged="cache" in kwargs
-        )
+        where = (hidden_states, attention_mask, past_key_values, position_ids)
+        masks = attention_masks(self.config, {layer.self_attn.sliding_window for layer in self.layers}, *where)
+        visible = visibilities(self._windows_to_read(), *where, is_paged="cache" in kwargs)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         count = self.controller is not None and self.training and torch.is_grad_enabled()
         routings: list[Routing | None] = []
@@ -341,7 +358,7 @@ class DynMoeModel(DynMoePreTrainedModel):
                 router_state,
                 attention_mask=masks[layer.self_attn.sliding_window],
                 token_mask=token_mask,
-                visibility=visibilities.get(layer.self_attn.sliding_window),
+                visibility=visible.get(layer.self_attn.sliding_window),
                 shared_scorers=self.shared_scorers,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -362,71 +379,13 @@ class DynMoeModel(DynMoePreTrainedModel):
             routing=tuple(routings) if output_routing else None,
         )
 
-    def _attention_masks(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor
-    ) -> dict[int | None, Any]:
-        """One mask for each window that a layer has: the sliding window, or None for full attention."""
-        if isinstance(attention_mask, dict):
-            windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
-            return {windows[name]: mask for name, mask in attention_mask.items()}
-        arguments = {
-            "config": self.config,
-            "inputs_embeds": hidden_states,
-            "attention_mask": attention_mask,
-            "past_key_values": cache,
-            "position_ids": position_ids,
-        }
-        windows = {layer.self_attn.sliding_window for layer in self.layers}
+    def _windows_to_read(self) -> dict[int | None, int]:
+        """Sliding window -> first layer with it, of those whose selector reads attention."""
         return {
-            window: create_causal_mask(**arguments)
-            if window is None
-            else create_sliding_window_causal_mask(**arguments)
-            for window in windows
-        }
-
-    def _visibilities(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        position_ids: Tensor,
-        is_paged: bool,
-    ) -> dict[int | None, Visibility]:
-        """Sliding window -> which keys are visible, for the windows of layers whose selector reads attention.
-
-        Raises:
-            ValueError: if there are such layers and the cache is a paged one.
-        """
-        layers = {
             layer.self_attn.sliding_window: layer.layer_idx
             for layer in reversed(self.layers)
             if layer.is_sparse and layer.mlp.statistic is not None
         }
-        if layers and is_paged:
-            raise ValueError(
-                "Routing by attention does not work with the paged cache of continuous batching, whose keys only the "
-                "attention kernel sees: use generate() instead of generate_batch()."
-            )
-        batch_size, sequence_length = hidden_states.shape[:2]
-        return {
-            window: Visibility.build(
-                attention_mask,
-                position_ids,
-                cache,
-                batch_size,
-                sequence_length,
-                layer_idx,
-                window,
-                hidden_states.device,
-            )
-            for window, layer_idx in layers.items()
-        }
-
-
-def _next_positions(cache: Cache | None, sequence_length: int, device: torch.device) -> Tensor:
-    """(1, S) positions after the cached ones."""
-    start = 0 if cache is None else cache.get_seq_length()
-    return (torch.arange(sequence_length, device=device) + start)[None]
 
 
 class DynMoeForCausalLM(DynMoePreTrainedModel, GenerationMixin):
@@ -456,12 +415,18 @@ class DynMoeForCausalLM(DynMoePreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         output_routing: bool = False,
         logits_to_keep: int | Tensor = 0,
+        expert_usage: Tensor | None = None,
         **kwargs: Any,
     ) -> DynMoeCausalLMOutput:
-        """Arguments as in transformers, and `output_routing` for the Routing of every layer.
+        """Arguments as in transformers, and those of our own.
 
         With `labels` (B, S), -100 where nothing is to be learnt, `loss` holds the cross-entropy and the weighted
         auxiliary losses. Under `num_items_in_batch` both are this call's share of the whole optimizer step.
+
+        Args:
+            output_routing: return the Routing of every layer.
+            expert_usage: (routers, E) sum of the `expert_usage` of all calls of the optimizer step, which
+                `balance_scope="global"` balances by; without it, by this call in all processes.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -485,14 +450,12 @@ class DynMoeForCausalLM(DynMoePreTrainedModel, GenerationMixin):
             lm_loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
             shifted = kwargs.get("shift_labels")
             label_counts = ((labels[:, 1:] if shifted is None else shifted) != -100).sum(-1)
+        share = share_of_step(label_counts, **kwargs)
         fields, aux_loss = self._routing_outputs(
-            outputs, attention_mask, label_counts, output_routing, output_router_logits
+            outputs, attention_mask, label_counts, output_routing, output_router_logits, share, expert_usage
         )
-        loss = None
-        if lm_loss is not None:
-            loss = lm_loss + share_of_step(label_counts.sum(), **kwargs) * aux_loss
         return DynMoeCausalLMOutput(
-            loss=loss,
+            loss=None if lm_loss is None else lm_loss + aux_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -503,13 +466,15 @@ class DynMoeForCausalLM(DynMoePreTrainedModel, GenerationMixin):
         )
 
 
-def share_of_step(num_labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: Any) -> Tensor | float:
+def share_of_step(
+    label_counts: Tensor | None, num_items_in_batch: Tensor | int | None = None, **_: Any
+) -> Tensor | float:
     """This call's share of the labels of one optimizer step; 1 where nobody says how many those are."""
-    if num_items_in_batch is None:
+    if label_counts is None or num_items_in_batch is None:
         return 1.0
     if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(num_labels.device)
-    return num_labels / num_items_in_batch
+        num_items_in_batch = num_items_in_batch.to(label_counts.device)
+    return label_counts.sum() / num_items_in_batch
 
 
 class _DynMoeHead(DynMoePreTrainedModel):
@@ -564,13 +529,16 @@ class _DynMoeHead(DynMoePreTrainedModel):
         task_loss: Tensor | None,
         label_counts: Tensor | None,
         num_items_in_batch: Tensor | int | None = None,
+        expert_usage: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Any]:
         """Everything but the logits of a head's output; `task_loss` is a mean over the labels of this call."""
-        fields, aux_loss = self._routing_outputs(outputs, label_counts=label_counts, **wanted)
+        share = share_of_step(label_counts, num_items_in_batch)
+        fields, aux_loss = self._routing_outputs(
+            outputs, label_counts=label_counts, share=share, usage=expert_usage, **wanted
+        )
         if task_loss is not None:
-            share = share_of_step(label_counts.sum(), num_items_in_batch)
-            fields |= {"lm_loss": share * task_loss, "loss": share * (task_loss + aux_loss)}
+            fields |= {"lm_loss": share * task_loss, "loss": share * task_loss + aux_loss}
         names = ("past_key_values", "hidden_states", "attentions", "router_logits")
         return fields | {name: getattr(outputs, name) for name in names}
 

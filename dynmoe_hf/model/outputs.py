@@ -41,6 +41,8 @@ class DynMoeCausalLMOutput(ModelOutput):
         aux_loss: the load-balance loss among them, with `output_router_logits`.
         router_logits, routing: as in DynMoeModelOutput.
         experts_per_token: (routers,) mean number of experts of a real token, with `output_routing`.
+        expert_usage: (routers, E) float32, share of the tokens of the optimizer step that are in this call and use each
+            expert; with `balance_scope="global"`.
     """
 
     loss: Tensor | None = None
@@ -54,6 +56,7 @@ class DynMoeCausalLMOutput(ModelOutput):
     aux_losses: dict[str, Tensor] | None = None
     routing: tuple[Routing | None, ...] | None = None
     experts_per_token: Tensor | None = None
+    expert_usage: Tensor | None = None
 
 
 @dataclass
@@ -72,3 +75,4 @@ class DynMoeQuestionAnsweringOutput(ModelOutput):
     aux_losses: dict[str, Tensor] | None = None
     routing: tuple[Routing | None, ...] | None = None
     experts_per_token: Tensor | None = None
+    expert_usage: Tensor | None = None

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 
+from .balance import GlobalBalanceTrainer
 from .callbacks import ControllerCallback
 
 
-class DynMoeSFTTrainer(SFTTrainer):
+class DynMoeSFTTrainer(GlobalBalanceTrainer, SFTTrainer):
     """TRL's SFTTrainer with the loss of the model, in which every auxiliary loss counts once.
 
     TRL calls the decoder without the head that computes our losses, and adds Mixtral's load-balance loss instead, for

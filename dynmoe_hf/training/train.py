@@ -29,6 +29,7 @@ from dynmoe_hf.errors import user_errors
 from dynmoe_hf.model import DynMoeConfig
 
 from .arguments import DataArguments, DynMoeTrainingArguments, ModelArguments, to_yaml
+from .balance import GlobalBalanceTrainer
 from .callbacks import AuxiliaryWarmupCallback, ControllerCallback, RoutingCallback, RoutingProgressCallback
 from .checkpoints import STATE_FILE, ResumableTrainer, fault, last_whole_checkpoint, writing
 from .data import load_documents, pack
@@ -38,7 +39,7 @@ from .tokenizer import load_tokenizer, train_tokenizer
 CONFIG_FILE = "train_config.yaml"
 
 
-class RunTrainer(RouterTrainer, ResumableTrainer):
+class RunTrainer(RouterTrainer, GlobalBalanceTrainer, ResumableTrainer):
     """The Trainer of `dynmoe train`."""
 
 

@@ -87,7 +87,7 @@ def test_imports_only_go_down(path: Path) -> None:
 MODEL_FLOORS = [
     {"routing", "compat", "buffers", "products", "quantized", "checkpoints"},
     {"controllers", "row_statistics", "scorers", "expert_layouts", "losses", "packing", "outputs"},
-    {"expert_selectors", "ragged"},
+    {"expert_selectors", "masks", "ragged"},
     {"dispatch", "parallel_plans"},
     {"low_rank_experts"},
     {"methods"},

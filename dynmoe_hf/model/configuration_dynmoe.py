@@ -39,6 +39,7 @@ RANGES = (
     ("initializer_range", 0, 10),
     ("rms_norm_eps", 1e-12, 10),  # below, the gradient of a row of zeros is not finite in float32
     ("attention_dropout", 0, 1),
+    ("expert_dropout", 0, 1),
     ("num_shared_experts", 0, 2**10),
     ("routed_expert_weight", -MAX_FACTOR, MAX_FACTOR),
     ("shared_expert_weight", -MAX_FACTOR, MAX_FACTOR),
@@ -81,6 +82,8 @@ class DynMoeConfig(PreTrainedConfig):
         routed_expert_weight, shared_expert_weight: what the routed and the shared part are multiplied with before they
             are added, where there are shared experts. None gives 0.5 to `rmoe` and 1 to the others.
         moe_output_bias: add a bias (D,) to what the routed experts of a layer return.
+        expert_dropout: share of the inner activations of routed experts that training drops (Switch, arXiv 2101.03961,
+            section 2.4).
         mlp_layer_types: `sparse` or `dense` for each layer; None makes every layer sparse.
         routing: a method name, or a dict that changes its parts (see methods.py); stored in expanded form.
         layer_routing: layer index -> changes to `routing` for that layer alone.
@@ -137,6 +140,7 @@ class DynMoeConfig(PreTrainedConfig):
     routed_expert_weight: float | int | None = None
     shared_expert_weight: float | int | None = None
     moe_output_bias: bool = False
+    expert_dropout: float | int = 0.0
     mlp_layer_types: list[str] | None = None
     routing: str | dict | None = None
     layer_routing: dict | None = None

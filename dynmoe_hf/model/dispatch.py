@@ -133,9 +133,10 @@ def eager_experts(
 ) -> Tensor:
     """One used expert after the other, on its tokens."""
     output = torch.zeros_like(hidden_states)
-    for expert in expert_ids.unique().tolist():
-        if expert == experts.num_experts:  # how expert parallelism marks the experts of other processes
-            continue
+    # The number of experts marks unused slots, and under expert parallelism the experts of other processes. Where
+    # nothing is used, an expert of no rows still makes the parameters part of the graph.
+    used = [expert for expert in expert_ids.unique().tolist() if expert < experts.num_experts]
+    for expert in used or [0]:
         token, slot = (expert_ids == expert).nonzero(as_tuple=True)
         own = None if activations is None else activations[token, slot]
         expert_output = experts.expert_ffn(partial(_one_expert, expert), hidden_states[token], own)
@@ -164,7 +165,8 @@ def ragged_experts(
     if hidden_states.device.type != "cpu":
         return grouped_experts(experts, hidden_states, expert_ids, weights)
     layout, parameters = expert_weights(experts)
-    if any(is_quantized(weight) for weight in parameters):
+    # The operator reads plain weights, and drops nothing.
+    if any(is_quantized(weight) for weight in parameters) or (experts.training and getattr(experts, "dropout", 0)):
         return eager_experts(experts, hidden_states, expert_ids, weights)
     dtype = cast_for_autocast(hidden_states[:0])[0].dtype
     num_kept = 0
@@ -226,7 +228,7 @@ def expert_weights(experts: nn.Module) -> tuple[str, list[Tensor]]:
         and not getattr(experts, "is_transposed", False)
         and not getattr(experts, "has_bias", False)
         and not getattr(experts, "has_post_expert_norm", False)
-        and (own_gate is None or own_gate.__name__ == "_default_apply_gate")
+        and (hasattr(experts, "expert_ffn") or own_gate is None or own_gate.__name__ == "_default_apply_gate")
     )
     if not is_plain:
         raise ValueError(

@@ -41,6 +41,7 @@ class LowRankExperts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(self.num_experts, width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
         self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = config.expert_dropout
         self.is_aligned = all(size % 8 == 0 for size in (hidden_size, rank, width))
 
     def forward(
@@ -74,7 +75,8 @@ class LowRankExperts(nn.Module):
         if activations is None:
             activations = linear(rows, self.gate_down_proj)
         gate = linear(activations, self.gate_up_proj_lowrank)
-        return linear(self.act_fn(gate) * linear(rows, self.up_proj), self.down_proj)
+        inner = F.dropout(self.act_fn(gate) * linear(rows, self.up_proj), self.dropout, self.training)
+        return linear(inner, self.down_proj)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Norms (T, E) float32 of every expert's activation, and the activations (T, E, r), which carry no gradient.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -62,6 +63,7 @@ class DynMoeExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
         self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = config.expert_dropout
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, D), expert ids (T, K) below E, weights (T, K) -> weighted sums (T, D)."""
@@ -69,8 +71,12 @@ class DynMoeExperts(nn.Module):
 
     def expert_ffn(self, linear: Linear, rows: Tensor, activations: None = None) -> Tensor:
         """The experts' FFN of rows (P, D); `linear` multiplies each row with the weights of its expert."""
-        gate, up = linear(rows, self.gate_up_proj).chunk(2, dim=-1)
-        return linear(self.act_fn(gate) * up, self.down_proj)
+        return linear(self._apply_gate(linear(rows, self.gate_up_proj)), self.down_proj)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        """The inner activations (P, I) from gate and up (P, 2I); the engines of transformers call it by this name."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.dropout(self.act_fn(gate) * up, self.dropout, self.training)
 
     def init_weights(self, std: float) -> None:
         """Fill every parameter."""

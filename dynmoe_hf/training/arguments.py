@@ -124,10 +124,18 @@ class DynMoeTrainingArguments(TrainingArguments):
     aux_warmup_steps: int = field(
         default=0, metadata={"help": "optimizer steps in which the coefficients of the auxiliary losses rise from 0"}
     )
+    threshold_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "optimizer steps in which p of top_p moves from threshold_warmup_start to its value"},
+    )
+    threshold_warmup_start: float = field(
+        default=1.0, metadata={"help": "p of top_p before the first of these steps; 1 uses every expert"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("router_learning_rate", "router_weight_decay", "aux_warmup_steps"):
+        warmups = ("aux_warmup_steps", "threshold_warmup_steps")
+        for name in ("router_learning_rate", "router_weight_decay", *warmups, "threshold_warmup_start"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -135,8 +143,9 @@ class DynMoeTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
             if self.freeze_routers and name.startswith("router_"):
                 raise ValueError(f"{name} and freeze_routers exclude each other: frozen routers are not trained.")
-        if self.aux_warmup_steps and self.torch_compile:
-            raise ValueError("aux_warmup_steps does not work with torch_compile: every new coefficient compiles again.")
+        for name in warmups:
+            if getattr(self, name) and self.torch_compile:
+                raise ValueError(f"{name} does not work with torch_compile: every new value compiles again.")
 
 
 class _Yaml12Loader(yaml.SafeLoader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from transformers import (
 
 from dynmoe_hf.analysis.statistics import RoutingStatistics, RoutingSummary
 from dynmoe_hf.model.controllers import BudgetController
-from dynmoe_hf.model.methods import bank_spec
+from dynmoe_hf.model.methods import bank_spec, part_options
 
 from .alarms import RoutingAlarms
 
@@ -175,17 +176,21 @@ class RoutingCallback(LogCallback):
         return metrics
 
 
-class AuxiliaryWarmupCallback(TrainerCallback):
-    """Lets the coefficients of the auxiliary losses rise: in optimizer step t they are t / steps of the config's.
+class _WarmupCallback(TrainerCallback):
+    """Base of what differs from the config in the first optimizer steps.
 
-    They are scaled while a step is trained and at no other time: evaluations and checkpoints have those of the config.
+    It differs while a step is trained and at no other time: evaluations and checkpoints have what the config says.
 
     Args:
-        steps: when they reach the config's, at least 1.
+        steps: when the config's values are reached, at least 1.
     """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
+
+    def apply(self, model: DynMoePreTrainedModel, progress: float) -> None:
+        """Set what holds at a progress of 0 ... 1; the config's values at 1."""
+        raise NotImplementedError
 
     def on_step_begin(
         self,
@@ -195,9 +200,9 @@ class AuxiliaryWarmupCallback(TrainerCallback):
         model: DynMoePreTrainedModel,
         **kwargs: Any,
     ) -> None:
-        """Scale them, for all forward passes of the step."""
+        """Set what holds for all forward passes of the step."""
         if state.global_step < self.steps:
-            _scale_losses(model, (state.global_step + 1) / self.steps)
+            self.apply(model, (state.global_step + 1) / self.steps)
 
     def on_step_end(
         self,
@@ -207,15 +212,56 @@ class AuxiliaryWarmupCallback(TrainerCallback):
         model: DynMoePreTrainedModel,
         **kwargs: Any,
     ) -> None:
-        """Give back those of the config."""
+        """Give back what the config says."""
         if state.global_step < self.steps:
-            _scale_losses(model, 1.0)
+            self.apply(model, 1.0)
 
 
-def _scale_losses(model: DynMoePreTrainedModel, factor: float) -> None:
-    for block in model.moe_blocks():
-        losses = bank_spec(model.config.routing_for(block.layer_idx), block.bank)["losses"]
-        block.spec = {**block.spec, "losses": {name: factor * value for name, value in losses.items()}}
+class AuxiliaryWarmupCallback(_WarmupCallback):
+    """Lets the coefficients of the auxiliary losses rise: in optimizer step t they are t / steps of the config's.
+
+    Evaluations and checkpoints have those of the config.
+
+    Args:
+        steps: when they reach the config's, at least 1.
+    """
+
+    def apply(self, model: DynMoePreTrainedModel, progress: float) -> None:
+        for block in model.moe_blocks():
+            losses = bank_spec(model.config.routing_for(block.layer_idx), block.bank)["losses"]
+            block.spec = {**block.spec, "losses": {name: progress * value for name, value in losses.items()}}
+
+
+class ThresholdWarmupCallback(_WarmupCallback):
+    """Moves the threshold p of `top_p` from a start to the config's, in equal steps.
+
+    Evaluations and checkpoints have that of the config.
+
+    Args:
+        model: the model that is trained.
+        start: p before the first step, >= 0; above the config's for many experts at first, below it for few.
+        steps: when p is the config's, at least 1.
+
+    Raises:
+        ValueError: no layer has such a threshold, or a controller moves it.
+    """
+
+    def __init__(self, model: DynMoePreTrainedModel, start: float, steps: int) -> None:
+        super().__init__(steps)
+        self.start = start
+        selectors = [block.selector for block in model.moe_blocks()]
+        if any(selector.controlled for selector in selectors):
+            raise ValueError("The controller of this model moves its thresholds; a warm-up cannot move them too.")
+        if not any(selector.has_threshold for selector in selectors):
+            raise ValueError("No layer of this model has a threshold that a warm-up could move: that takes top_p.")
+
+    def apply(self, model: DynMoePreTrainedModel, progress: float) -> None:
+        for block in model.moe_blocks():
+            if block.selector.has_threshold:
+                spec = bank_spec(model.config.routing_for(block.layer_idx), block.bank)
+                options = part_options("selector", spec["selector"])
+                p = self.start + progress * (options.p - self.start) if progress < 1 else options.p
+                block.selector.options = dataclasses.replace(options, p=p)
 
 
 class RoutingProgressCallback(ProgressCallback):

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
     default_data_collator,
     enable_full_determinism,
     set_seed,
@@ -30,7 +31,13 @@ from dynmoe_hf.model import DynMoeConfig
 
 from .arguments import DataArguments, DynMoeTrainingArguments, ModelArguments, to_yaml
 from .balance import GlobalBalanceTrainer
-from .callbacks import AuxiliaryWarmupCallback, ControllerCallback, RoutingCallback, RoutingProgressCallback
+from .callbacks import (
+    AuxiliaryWarmupCallback,
+    ControllerCallback,
+    RoutingCallback,
+    RoutingProgressCallback,
+    ThresholdWarmupCallback,
+)
 from .checkpoints import STATE_FILE, ResumableTrainer, fault, last_whole_checkpoint, writing
 from .data import load_documents, pack
 from .routers import RouterTrainer
@@ -87,13 +94,12 @@ def train(
             eval_dataset=packed["validation"].remove_columns("num_bytes"),
             processing_class=tokenizer,
             data_collator=default_data_collator,
+            callbacks=_warmups(model, training_args),
         )
     ControllerCallback().put_first(trainer)
     callback = RoutingCallback(model, _tokens_per_byte(packed["validation"]), training_args.log_experts_per_layer)
     callback.put_first(trainer)
     RoutingProgressCallback().replace_in(trainer)
-    if training_args.aux_warmup_steps:
-        trainer.add_callback(AuxiliaryWarmupCallback(training_args.aux_warmup_steps))
     output_dir = Path(training_args.output_dir)
     if trainer.is_world_process_zero():
         with writing(output_dir, output_dir):
@@ -275,6 +281,15 @@ def _build_model(config: DynMoeConfig, model_args: ModelArguments) -> PreTrained
             model_args.model, config=config, dtype=torch.float32, **_implementations(model_args)
         )
     return AutoModelForCausalLM.from_config(config, **_implementations(model_args))
+
+
+def _warmups(model: PreTrainedModel, training_args: DynMoeTrainingArguments) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = []
+    if steps := training_args.aux_warmup_steps:
+        callbacks.append(AuxiliaryWarmupCallback(steps))
+    if steps := training_args.threshold_warmup_steps:
+        callbacks.append(ThresholdWarmupCallback(model, training_args.threshold_warmup_start, steps))
+    return callbacks
 
 
 def _tokens_per_byte(packed: Dataset) -> float | None:

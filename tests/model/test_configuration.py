@@ -160,6 +160,7 @@ REFUSED = {
     ),
     "negative initializer": ({"initializer_range": -1.0}, "initializer_range must be at least 0"),
     "negative eps": ({"rms_norm_eps": -1.0}, "rms_norm_eps must be at least 1e-12"),
+    "too much dropout of experts": ({"expert_dropout": 1.5}, "expert_dropout must be at least 0 and below 1"),
     "too much dropout": ({"attention_dropout": 3.0}, "attention_dropout must be at least 0 and below 1"),
     "negative shared experts": ({"num_shared_experts": -1}, "num_shared_experts must be at least 0"),
 }

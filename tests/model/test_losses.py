@@ -116,7 +116,9 @@ def test_coefficients_may_differ_between_layers() -> None:
 def test_usage_has_no_gradient_and_probability_has() -> None:
     logits = torch.randn(BATCH * LENGTH, EXPERTS, requires_grad=True)
     routing = random_routing(0, MASK)._replace(logits=logits, probs=logits.softmax(-1))
-    usage, probability = (losses.group_means(part, weights(), "sequence") for part in (routing.selected(), routing.probs))
+    usage, probability = (
+        losses.group_means(part, weights(), "sequence") for part in (routing.selected(), routing.probs)
+    )
     assert not usage.requires_grad
     assert probability.requires_grad
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, default_data_collator
 from dynmoe_hf import DynMoeConfig
 from dynmoe_hf.errors import UserError
 from dynmoe_hf.training.arguments import DynMoeTrainingArguments, parse_arguments
-from dynmoe_hf.training.callbacks import AuxiliaryWarmupCallback, RoutingCallback
+from dynmoe_hf.training.callbacks import AuxiliaryWarmupCallback, RoutingCallback, ThresholdWarmupCallback
 from dynmoe_hf.training.routers import RouterTrainer
 from dynmoe_hf.training.train import train
 from tests.tiny import TOGETHER, tiny_model
@@ -153,6 +153,9 @@ def test_a_model_whose_experts_rank_themselves_is_refused(tmp_path, option):
         ({"router_weight_decay": float("nan")}, "router_weight_decay must be"),
         ({"aux_warmup_steps": -1}, "aux_warmup_steps must be"),
         ({"aux_warmup_steps": 2, "torch_compile": True}, "aux_warmup_steps does not work"),
+        ({"threshold_warmup_steps": -1}, "threshold_warmup_steps must be"),
+        ({"threshold_warmup_start": -0.1}, "threshold_warmup_start must be"),
+        ({"threshold_warmup_steps": 2, "torch_compile": True}, "threshold_warmup_steps does not work"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, options, words):
@@ -193,6 +196,31 @@ def test_coefficients_rise_in_training_only(tmp_path, method, accumulation):
     assert evaluated["eval_loss"] == pytest.approx(other.evaluate()["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("start", [0.0, 1.0])
+@pytest.mark.parametrize("method", ["top_p", "cartesian_top_p"])
+def test_thresholds_move_to_those_of_the_config_in_training_only(tmp_path, method, start):
+    routing = {"method": method, "selector": {"p": 0.6}}
+    trainer = make_trainer(tmp_path, routing, max_steps=5, eval_strategy="steps", eval_steps=1)
+    trainer.add_callback(ThresholdWarmupCallback(trainer.model, start, 4))
+    seen = {"train": [], "eval": []}
+    selectors = [block.selector for block in trainer.model.moe_blocks()]
+    for selector in selectors:
+        selector.register_forward_pre_hook(
+            lambda module, _: seen["train" if module.training else "eval"].append(round(module.options.p, 6))
+        )
+    trainer.train()
+    per_step = [start + step / 4 * (0.6 - start) for step in (1, 2, 3, 4)] + [0.6]
+    assert seen["train"] == pytest.approx([p for p in per_step for _ in selectors])
+    assert set(seen["eval"]) == {0.6}
+    assert all(selector.options.p == 0.6 for selector in selectors)
+
+
+@pytest.mark.parametrize(("routing", "words"), [("top_k", "takes top_p"), ("dtop_p", "The controller of this model")])
+def test_thresholds_that_cannot_be_warmed_up_are_refused(routing, words):
+    with pytest.raises(ValueError, match=words):
+        ThresholdWarmupCallback(tiny_model(routing), 1.0, 4)
+
+
 def test_a_resumed_run_goes_on_with_groups_and_coefficients(tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **OWN}
     whole = make_trainer(tmp_path / "whole", callbacks=[AuxiliaryWarmupCallback(3)], **options)
@@ -204,7 +232,12 @@ def test_a_resumed_run_goes_on_with_groups_and_coefficients(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"freeze_routers": True, "aux_warmup_steps": 4}, {"router_learning_rate": 0.0}], ids=["freeze", "rate"]
+    "options",
+    [
+        {"freeze_routers": True, "aux_warmup_steps": 4, "threshold_warmup_steps": 2, "threshold_warmup_start": 0.9},
+        {"router_learning_rate": 0.0},
+    ],
+    ids=["freeze", "rate"],
 )
 def test_the_command_takes_them(tmp_path, options):
     lines = [json.dumps({"text": f"{line}: def f(x): return x\n" * 20}) for line in range(6)]

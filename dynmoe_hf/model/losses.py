@@ -8,8 +8,8 @@ sums add up over micro-batches and processes to the value, and the gradient, of 
 
 Load balance is the product of two means, so it is additive only if the product is taken where the cut cannot reach:
 inside a sequence (`balance_scope="sequence"`, the default), or with the usage of the whole optimizer step, in which the
-other mean is linear (`balance_scope="global"`). `balance_scope="micro"` takes both means over all real tokens of one
-forward call, as the papers write it; its value then depends on how the batch was cut.
+other mean is linear (`balance_scope="global"`, after Qiu et al. 2025, arXiv 2501.11873). `balance_scope="micro"` takes
+both means over all real tokens of one forward call, as the papers write it; its value depends on how the batch was cut.
 """
 
 from collections.abc import Callable, Sequence

@@ -184,7 +184,11 @@ def step_contest(dtype: str, quick: bool, seed: int) -> Contest:
                 left_out[f"{family} {engine}"] = f"not supported: {failures[engine]}"
             else:
                 entrants.append(training.entrant(f"{family} {engine}", engine))
-    return Contest(f"{sizes.num_hidden_layers} layers", sizes._asdict(), dtype, entrants, DENSE, left_out)
+    notes = {"tokens": sizes.batch_size * sizes.sequence_length}
+    quantities = ("seconds", "peak_bytes")
+    return Contest(
+        f"{sizes.num_hidden_layers} layers", sizes._asdict(), dtype, entrants, DENSE, left_out, notes, quantities
+    )
 
 
 def method_contest(method: str, dtype: str, quick: bool, seed: int) -> Contest:

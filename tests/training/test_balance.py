@@ -105,7 +105,7 @@ def test_a_classifier_is_balanced_over_the_step(tmp_path, accumulation: int) -> 
 
 
 def test_passes_that_only_route_are_neither_logged_nor_counted(tmp_path) -> None:
-    model = tiny_model({"method": "dtop_p", "losses": {"load_balance": 1.0}}, balance_scope="global")
+    model = tiny_model({"method": "dtop_p", "losses": {"load_balance": 1.0}}, balance_scope="global").eval()
     callback, calls = RoutingCallback(model), []
     count = model.model.controller.count
     model.model.controller.count = lambda used, num_tokens: (calls.append(int(num_tokens)), count(used, num_tokens))
@@ -114,6 +114,7 @@ def test_passes_that_only_route_are_neither_logged_nor_counted(tmp_path) -> None
     one_step(model, labelled_rows(), 4, tmp_path, [ControllerCallback(), callback])
     assert sorted(calls) == [4, 7, 9, 12]
     assert popped[0].num_tokens == 32
+    assert pop("eval") is None
 
 
 def test_usage_is_refused_for_another_scope() -> None:

@@ -6,6 +6,7 @@ Every trial starts a small run, sends it SIGKILL, and lets `--resume_from_checkp
 come at any moment of the training, the others while a checkpoint is written. Compared are all tensors of the model, the
 controllers among them, and the state of the optimizer, of the learning rate and of all random generators. A trial fails
 if one bit differs, or if a checkpoint that was finished before the kill cannot be resumed from. Exit code 1 if one did.
+With `--streaming` the text is a stream, which two workers read.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 from dynmoe_hf.training.checkpoints import STATE_FILE, last_whole_checkpoint
+from dynmoe_hf.training.tokenizer import train_tokenizer
 
 SETTINGS = {
     "model": {
@@ -50,16 +52,22 @@ SETTINGS = {
     "use_cpu": True,
     "disable_tqdm": True,
 }
+STREAMING = {"streaming": True, "shuffle_buffer": 16, "validation_documents": 10, "dataloader_num_workers": 2}
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder: Path, streaming: bool) -> Path:
     """Documents of random words and a configuration; JSON is YAML."""
     words = random.Random(0)
     vocabulary = ["".join(words.choices("abcdefgh", k=words.randint(2, 7))) for _ in range(300)]
     documents = [{"text": " ".join(words.choices(vocabulary, k=words.randint(30, 120)))} for _ in range(120)]
     (folder / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    settings = SETTINGS | {"dataset": str(folder / "documents.jsonl")}
+    if streaming:
+        tokenizer = train_tokenizer([document["text"] for document in documents], SETTINGS["vocab_size"])
+        tokenizer.save_pretrained(folder / "tokenizer")
+        settings |= STREAMING | {"tokenizer": str(folder / "tokenizer")}
     config = folder / "config.yaml"
-    config.write_text(json.dumps(SETTINGS | {"dataset": str(folder / "documents.jsonl")}))
+    config.write_text(json.dumps(settings))
     return config
 
 
@@ -158,12 +166,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--streaming", action="store_true")
     args = parser.parse_args()
     chance = random.Random(args.seed)
     halves = different = lost = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config, alone = write_run(folder), folder / "alone"
+        config, alone = write_run(folder, args.streaming), folder / "alone"
         process = start(config, alone)
         wait_for(process, alone / "train_config.yaml")
         began = time.perf_counter()

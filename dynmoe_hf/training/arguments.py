@@ -93,6 +93,23 @@ class DataArguments:
     validation_fraction: float = field(
         default=0.05, metadata={"help": "share of the documents to hold out if there is no validation split"}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "read the training text while training, and keep none of it; needs max_steps and a tokenizer, and "
+            "dataloader_num_workers tokenize beside the training"
+        },
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "documents of a stream that are shuffled together; 0 keeps their order"}
+    )
+    validation_documents: int = field(
+        default=1000,
+        metadata={
+            "help": "documents of a stream to validate on: the first of the validation split, or else of the training "
+            "split, which are then not trained on"
+        },
+    )
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     block_size: int = field(default=512, metadata={"help": "tokens in a training sequence"})
     num_proc: int | None = field(default=None, metadata={"help": "processes that tokenize"})

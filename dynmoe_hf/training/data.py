@@ -9,13 +9,13 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, List, NamedSplit, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, NamedSplit, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
@@ -74,12 +74,12 @@ def load_documents(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}, but must lie between 0 and 1.")
-    splits = _load_source(source, config_name)
+    splits = load_source(source, config_name)
     if validation_files:
-        splits["validation"] = _load_files(_find_files(validation_files))
+        splits["validation"] = load_files(find_files(validation_files))
     if "train" not in splits:
         raise ValueError(f"{source!r} has no split named 'train', only: {', '.join(sorted(splits))}.")
-    documents = {split: _as_documents(splits[split], text_column, split) for split in SPLITS if split in splits}
+    documents = {split: as_documents(splits[split], text_column, split) for split in SPLITS if split in splits}
     if "validation" not in documents:
         documents["train"], documents["validation"] = _hold_out(documents["train"], validation_fraction)
     return DatasetDict({split: documents[split] for split in SPLITS if split in documents})
@@ -124,20 +124,15 @@ def pack(
         ValueError: `block_size` is below 2, the tokenizer is slow or has no EOS token, there is no column `text`, or
             there are no documents or too few to fill one block.
     """
-    if block_size < 2:
-        raise ValueError(f"block_size is {block_size}, but a block needs at least 2 tokens to predict one.")
+    check_packing(tokenizer, block_size)
     if "text" not in documents.column_names:
         raise ValueError(f"the documents have no column 'text', only: {', '.join(documents.column_names)}.")
     if len(documents) == 0:
         raise ValueError("there are no documents to pack.")
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} cannot tell which text a token covers; a fast tokenizer can.")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token to end documents with; set tokenizer.eos_token.")
     # datasets hashes a module's functions by name alone; with the code in the fingerprint, no cache outlives a change.
     code = Path(__file__).read_bytes()
     tokens = documents.map(
-        _tokenize,
+        tokenize,
         batched=True,
         batch_size=BATCH_SIZE,
         remove_columns=documents.column_names,
@@ -162,23 +157,40 @@ def pack(
     )
 
 
-def _load_source(source: str | Sequence[str], config_name: str | None) -> dict[str, Dataset]:
+def check_packing(tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+    """Refuse what cannot make blocks, with a ValueError."""
+    if block_size < 2:
+        raise ValueError(f"block_size is {block_size}, but a block needs at least 2 tokens to predict one.")
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} cannot tell which text a token covers; a fast tokenizer can.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token to end documents with; set tokenizer.eos_token.")
+
+
+def load_source(
+    source: str | Sequence[str], config_name: str | None, streaming: bool = False
+) -> dict[str, Dataset] | dict[str, IterableDataset]:
+    """All splits of a source of `load_documents`, as they are; with `streaming`, nothing of them is read yet."""
     if isinstance(source, str) and source != CORPUS_NAME and not _is_local(source):
-        return dict(load_dataset(source, config_name))
+        return dict(load_dataset(source, config_name, streaming=streaming))
     if config_name is not None:
         raise ValueError(f"config_name is {config_name!r}, but {source!r} is no Hub dataset and has no configurations.")
     if source == CORPUS_NAME:
+        if streaming:
+            raise ValueError(f"{source!r} is made here and cannot be streamed; name a Hub dataset or files.")
         return dict(stdlib_corpus())
-    files = _find_files(source)
+    files = find_files(source)
     if isinstance(source, str) and os.path.isdir(os.path.expanduser(source)):
         named = [re.match(r"(train|validation|test)[-.]", os.path.basename(file)) for file in files]
         if all(named):
             splits = sorted({match[1] for match in named})
             return {
-                split: _load_files([file for file, match in zip(files, named, strict=True) if match[1] == split])
+                split: load_files(
+                    [file for file, match in zip(files, named, strict=True) if match[1] == split], streaming
+                )
                 for split in splits
             }
-    return {"train": _load_files(files)}
+    return {"train": load_files(files, streaming)}
 
 
 def _is_local(source: str) -> bool:
@@ -193,7 +205,7 @@ def _builder_of(path: str) -> str | None:
     return FILE_BUILDERS.get(extension)
 
 
-def _find_files(patterns: str | Sequence[str]) -> list[str]:
+def find_files(patterns: str | Sequence[str]) -> list[str]:
     """The files that paths, glob patterns and folders stand for, sorted, each once."""
     found: set[str] = set()
     patterns = [patterns] if isinstance(patterns, str) else patterns
@@ -216,20 +228,23 @@ def _find_files(patterns: str | Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def _load_files(files: Sequence[str]) -> Dataset:
+def load_files(files: Sequence[str], streaming: bool = False) -> Dataset | IterableDataset:
+    """The rows of files of one kind; a text file is one row."""
     builders = sorted({str(_builder_of(file)) for file in files})
     if len(builders) > 1:
         raise ValueError(f"the files mix {' and '.join(builders)}; give files of one kind, for example with a pattern.")
     options: dict[str, Any] = {"sample_by": "document"} if builders == ["text"] else {}
     try:
-        return load_dataset(builders[0], data_files=[glob.escape(file) for file in files], split="train", **options)
+        patterns = [glob.escape(file) for file in files]
+        return load_dataset(builders[0], data_files=patterns, split="train", streaming=streaming, **options)
     except (DatasetGenerationError, StopIteration) as error:
         # StopIteration is what datasets raises for an empty JSON file.
         reason = error.__cause__ or str(error) or "there is nothing in it"
         raise ValueError(f"cannot read {', '.join(files)}: {reason}") from error
 
 
-def _as_documents(dataset: Dataset, text_column: str, split: str) -> Dataset:
+def as_documents(dataset: Dataset, text_column: str, split: str) -> Dataset:
+    """The documents of a split that are not blank, with the one column `text`."""
     if text_column not in dataset.column_names:
         raise ValueError(
             f"the {split} split has no column {text_column!r} for the text, only: {', '.join(dataset.column_names)}."
@@ -239,13 +254,14 @@ def _as_documents(dataset: Dataset, text_column: str, split: str) -> Dataset:
             f"column {text_column!r} of the {split} split holds {dataset.features[text_column]}, not text."
         )
     documents = dataset.select_columns([text_column]).rename_columns({text_column: "text"})
-    documents = documents.filter(_is_not_blank, input_columns="text", desc="Dropping blank documents")
+    documents = documents.filter(is_not_blank, input_columns="text", desc="Dropping blank documents")
     if len(documents) == 0:
         raise ValueError(f"the {split} split has no document with text in it.")
     return documents
 
 
-def _is_not_blank(text: str | None) -> bool:
+def is_not_blank(text: str | None) -> bool:
+    """Whether there is text in it."""
     return bool(text and not text.isspace())
 
 
@@ -259,7 +275,8 @@ def _hold_out(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     return documents.select(np.flatnonzero(~is_held_out)), documents.select(np.flatnonzero(is_held_out))
 
 
-def _tokenize(batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+def tokenize(batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    """The ids of the documents in the column `text`, each ended with EOS, and the bytes of text of every token."""
     encoded = tokenizer(
         batch["text"],
         add_special_tokens=False,
@@ -287,22 +304,48 @@ def _bytes_per_token(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarra
     return np.diff(bytes_before[ends], prepend=0)
 
 
-def _blocks(tokens: Dataset, block_size: int, keep_remainder: bool) -> Iterator[dict[str, Any]]:
-    stream = np.empty((3, 0), dtype=np.int32)  # rows: token id, its bytes, whether it starts a document
-    num_emitted = 0  # columns at the front that the last block holds already
-    for batch in tokens.with_format("numpy").iter(batch_size=BATCH_SIZE):
+class Packer:
+    """Cuts the concatenation of documents into blocks.
+
+    Args:
+        block_size: tokens in a block.
+        rest: (3, n) int, n < `block_size`: the tokens to begin with, as the property `rest` of an earlier packer.
+    """
+
+    def __init__(self, block_size: int, rest: Sequence[Sequence[int]] = ((), (), ())) -> None:
+        self.block_size = block_size
+        # Rows: token id, its bytes, whether it starts a document.
+        self.columns = np.array(rest, dtype=np.int32)
+        self.num_emitted = 0  # columns at the front that the last block holds already
+
+    def add(self, documents: Mapping[str, Iterable[Sequence[int]]]) -> Iterator[dict[str, Any]]:
+        """The blocks that more documents, as `tokenize` returns them, fill."""
         columns = [
-            np.stack([ids, num_bytes, np.arange(len(ids)) == 0])
-            for ids, num_bytes in zip(batch["input_ids"], batch["num_bytes"], strict=True)
+            np.array([ids, num_bytes, np.arange(len(ids)) == 0], dtype=np.int32)
+            for ids, num_bytes in zip(documents["input_ids"], documents["num_bytes"], strict=True)
         ]
-        stream = np.concatenate([stream, *columns], axis=1)
-        while stream.shape[1] - num_emitted >= block_size:
-            stream = stream[:, num_emitted:]
-            yield _block(stream[:, :block_size], num_seen=0)
-            num_emitted = block_size
-    num_left = stream.shape[1] - num_emitted
-    if keep_remainder and num_left:
-        yield _block(stream[:, -block_size:], num_seen=block_size - num_left)
+        self.columns = np.concatenate([self.columns, *columns], axis=1)
+        while self.columns.shape[1] - self.num_emitted >= self.block_size:
+            self.columns = self.columns[:, self.num_emitted :]
+            self.num_emitted = self.block_size
+            yield _block(self.columns[:, : self.block_size], num_seen=0)
+
+    @property
+    def rest(self) -> np.ndarray:
+        """The tokens that are in no block yet, once all blocks of `add` were taken."""
+        return self.columns[:, self.num_emitted :]
+
+    def last_block(self) -> dict[str, Any]:
+        """The rest, at the end of a block that begins with tokens of the block before it."""
+        return _block(self.columns[:, -self.block_size :], num_seen=self.block_size - self.rest.shape[1])
+
+
+def _blocks(tokens: Dataset, block_size: int, keep_remainder: bool) -> Iterator[dict[str, Any]]:
+    packer = Packer(block_size)
+    for batch in tokens.with_format("numpy").iter(batch_size=BATCH_SIZE):
+        yield from packer.add(batch)
+    if keep_remainder and packer.rest.size:
+        yield packer.last_block()
 
 
 def _block(columns: np.ndarray, num_seen: int) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import os
 import platform
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow.compute as pc
 import torch
 import transformers
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,12 +42,14 @@ from .callbacks import (
 from .checkpoints import STATE_FILE, ResumableTrainer, fault, last_whole_checkpoint, writing
 from .data import load_documents, pack
 from .routers import RouterTrainer
+from .stream_trainer import StreamTrainer, check_stream_to_resume
+from .streams import BlockStream, DocumentStream, load_stream
 from .tokenizer import load_tokenizer, train_tokenizer
 
 CONFIG_FILE = "train_config.yaml"
 
 
-class RunTrainer(RouterTrainer, GlobalBalanceTrainer, ResumableTrainer):
+class RunTrainer(RouterTrainer, GlobalBalanceTrainer, StreamTrainer, ResumableTrainer):
     """The Trainer of `dynmoe train`."""
 
 
@@ -74,30 +77,22 @@ def train(
             tokenizer, documents = _load_text(model_args, data_args, checkpoint)
             config = _build_config(model_args, tokenizer)
             _check_resumed_config(config, checkpoint)
-            packed = {
-                split: pack(
-                    documents[split],
-                    tokenizer,
-                    data_args.block_size,
-                    keep_remainder=split == "validation",
-                    num_proc=data_args.num_proc,
-                )
-                for split in ("train", "validation")
-            }
+            train_blocks, eval_blocks = _pack(documents, tokenizer, data_args, training_args)
+            check_stream_to_resume(checkpoint, train_blocks, training_args.process_index)
         (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
         model = _build_model(config, model_args)
         use_cache = model.config.use_cache
         trainer = RunTrainer(
             model=model,
             args=training_args,
-            train_dataset=packed["train"].remove_columns("num_bytes"),
-            eval_dataset=packed["validation"].remove_columns("num_bytes"),
+            train_dataset=train_blocks,
+            eval_dataset=eval_blocks.remove_columns("num_bytes"),
             processing_class=tokenizer,
             data_collator=default_data_collator,
             callbacks=_warmups(model, training_args),
         )
     ControllerCallback().put_first(trainer)
-    callback = RoutingCallback(model, _tokens_per_byte(packed["validation"]), training_args.log_experts_per_layer)
+    callback = RoutingCallback(model, _tokens_per_byte(eval_blocks), training_args.log_experts_per_layer)
     callback.put_first(trainer)
     RoutingProgressCallback().replace_in(trainer)
     output_dir = Path(training_args.output_dir)
@@ -142,10 +137,20 @@ def _check_arguments(
     if training_args.label_smoothing_factor:
         # The Trainer shifts labels before it smooths them only for the classes that transformers itself has.
         raise ValueError("label_smoothing_factor is not supported for this model.")
+    if data_args.streaming:
+        _check_stream_arguments(model_args, training_args)
     available = get_available_reporting_integrations()
     for name in training_args.report_to:
         if name not in available:
             raise ValueError(f"report_to names {name!r}, but installed is {', '.join(available) or 'none'}.")
+
+
+def _check_stream_arguments(model_args: ModelArguments, training_args: DynMoeTrainingArguments) -> None:
+    if training_args.max_steps < 1:
+        raise ValueError("streaming needs max_steps: nobody knows how long a stream is before it was read.")
+    if model_args.tokenizer is None and not isinstance(model_args.model, str):
+        # One that is trained on the first documents of a stream would fit them, and nobody knows what comes after.
+        raise ValueError("streaming needs a tokenizer: a folder or Hub id, as --tokenizer gpt2.")
 
 
 def _checkpoint_to_resume(training_args: DynMoeTrainingArguments) -> str | None:
@@ -242,23 +247,50 @@ def _build_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase
 
 def _load_text(
     model_args: ModelArguments, data_args: DataArguments, checkpoint: str | None
-) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
+) -> tuple[PreTrainedTokenizerBase, dict[str, Dataset | DocumentStream]]:
     """The documents, and the tokenizer of the checkpoint to resume, the one that was named, or a new one."""
     tokenizer, source = None, checkpoint or model_args.tokenizer
     if source is None and isinstance(model_args.model, str):
         source = model_args.model
     if source is not None:
         tokenizer = load_tokenizer(source)
-    documents = load_documents(
-        data_args.dataset[0] if len(data_args.dataset) == 1 else data_args.dataset,
-        config_name=data_args.dataset_config,
-        validation_files=data_args.validation_files,
-        text_column=data_args.text_column,
-        validation_fraction=data_args.validation_fraction,
-    )
+    dataset = data_args.dataset[0] if len(data_args.dataset) == 1 else data_args.dataset
+    options = {
+        "config_name": data_args.dataset_config,
+        "validation_files": data_args.validation_files,
+        "text_column": data_args.text_column,
+    }
+    if data_args.streaming:
+        train, validation = load_stream(dataset, validation_documents=data_args.validation_documents, **options)
+        documents = {"train": train, "validation": validation}
+    else:
+        documents = load_documents(dataset, validation_fraction=data_args.validation_fraction, **options)
     if tokenizer is None:
         tokenizer = train_tokenizer(documents["train"]["text"], model_args.vocab_size)
     return tokenizer, documents
+
+
+def _pack(
+    documents: Mapping[str, Dataset | DocumentStream],
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataArguments,
+    training_args: DynMoeTrainingArguments,
+) -> tuple[Dataset | BlockStream, Dataset]:
+    """The blocks to train on, and those to validate on, which still have their `num_bytes`."""
+    block_size, num_proc = data_args.block_size, data_args.num_proc
+    if data_args.streaming:
+        data_seed = training_args.data_seed
+        train = BlockStream(
+            documents["train"],
+            tokenizer,
+            block_size,
+            num_readers=training_args.world_size * max(training_args.dataloader_num_workers, 1),
+            shuffle_buffer=data_args.shuffle_buffer,
+            seed=training_args.seed if data_seed is None else data_seed,
+        )
+    else:
+        train = pack(documents["train"], tokenizer, block_size, num_proc=num_proc).remove_columns("num_bytes")
+    return train, pack(documents["validation"], tokenizer, block_size, keep_remainder=True, num_proc=num_proc)
 
 
 def _check_resumed_config(config: DynMoeConfig, checkpoint: str | None) -> None:

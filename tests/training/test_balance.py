@@ -16,24 +16,26 @@ class KeepGradients(TrainerCallback):
         self.gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
-def one_step(model, rows, accumulation, folder, extra=()):
+def one_step(model, rows, accumulation, folder, extra=(), **options):
     keep = KeepGradients()
     args = TrainingArguments(
         str(folder),
         use_cpu=True,
         per_device_train_batch_size=len(rows) // accumulation,
         gradient_accumulation_steps=accumulation,
-        max_steps=1,
         max_grad_norm=0,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **{"num_train_epochs": 1, **options},
     )
+    data = Dataset.from_list(rows)
     trainer = GlobalBalanceTrainer(
         model,
         args,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=data,
+        eval_dataset=data,
         data_collator=default_data_collator,
         callbacks=[keep, *extra],
     )
@@ -105,16 +107,18 @@ def test_a_classifier_is_balanced_over_the_step(tmp_path, accumulation: int) -> 
 
 
 def test_passes_that_only_route_are_neither_logged_nor_counted(tmp_path) -> None:
-    model = tiny_model({"method": "dtop_p", "losses": {"load_balance": 1.0}}, balance_scope="global").eval()
+    model = tiny_model({"method": "dtop_p", "losses": {"load_balance": 1.0}}, balance_scope="global")
     callback, calls = RoutingCallback(model), []
     count = model.model.controller.count
     model.model.controller.count = lambda used, num_tokens: (calls.append(int(num_tokens)), count(used, num_tokens))
-    popped, pop = [], callback.statistics.pop
-    callback.statistics.pop = lambda mode: popped.append(pop(mode)) or popped[-1]
-    one_step(model, labelled_rows(), 4, tmp_path, [ControllerCallback(), callback])
-    assert sorted(calls) == [4, 7, 9, 12]
-    assert popped[0].num_tokens == 32
-    assert pop("eval") is None
+    popped, pop = {"train": [], "eval": []}, callback.statistics.pop
+    callback.statistics.pop = lambda mode: popped[mode].append(pop(mode)) or popped[mode][-1]
+    # An evaluation between two steps leaves the model in evaluation mode.
+    options = {"num_train_epochs": 2, "eval_strategy": "epoch"}
+    one_step(model, labelled_rows(), 4, tmp_path, [ControllerCallback(), callback], **options)
+    assert sorted(calls) == [4, 4, 7, 7, 9, 9, 12, 12]
+    for mode in ("train", "eval"):
+        assert [summary.num_tokens for summary in popped[mode][:2]] == [32, 32]
 
 
 def test_usage_is_refused_for_another_scope() -> None:

@@ -141,7 +141,7 @@ def test_a_hub_dataset_goes_through_load_dataset(monkeypatch):
     hub = DatasetDict(
         train=Dataset.from_dict({"content": TEXTS, "id": list(range(60))}), test=Dataset.from_dict({"content": ["t"]})
     )
-    monkeypatch.setattr(data, "load_dataset", lambda *arguments: calls.append(arguments) or hub)
+    monkeypatch.setattr(data, "load_dataset", lambda *arguments, **options: calls.append(arguments) or hub)
     documents = load_documents("some-org/some.data", config_name="en", text_column="content")
     assert calls == [("some-org/some.data", "en")]
     assert set(documents) == {"train", "validation", "test"}
@@ -298,14 +298,14 @@ def test_every_byte_of_one_long_block_but_the_first_tokens_is_counted():
 @given(text=st.text(min_size=1) | st.text(alphabet="a é\u0301ﷺ각🙂\n", min_size=1))
 def test_token_bytes_add_up_for_tokenizers_that_skip_and_rewrite_text(make_tokenizer, text):
     text = "x" + text
-    rows = data._tokenize({"text": [text, text[::-1]]}, make_tokenizer())
+    rows = data.tokenize({"text": [text, text[::-1]]}, make_tokenizer())
     assert [len(row) for row in rows["num_bytes"]] == [len(row) for row in rows["input_ids"]]
     assert all(row[-1] == 0 and min(row) >= 0 for row in rows["num_bytes"])
     assert [row.sum() for row in rows["num_bytes"]] == [len(text.encode())] * 2
 
 
 def test_skipped_text_counts_with_the_next_token():
-    rows = data._tokenize({"text": ["  router ß  expert\n\n"]}, whitespace_tokenizer())
+    rows = data.tokenize({"text": ["  router ß  expert\n\n"]}, whitespace_tokenizer())
     assert rows["input_ids"] == [[2, 0, 3, 1]]
     assert rows["num_bytes"][0].tolist() == [8, 3, 10, 0]
 

@@ -17,7 +17,7 @@ from .model_arguments import split_dotted_flags
 
 COMMANDS = {
     "methods": "list the routing methods, or show one with its parts, options and defaults",
-    "validate": "build a configuration without memory: parameters, active parameters, memory, FLOPs per token",
+    "validate": "build a configuration without memory: parameters, memory, FLOPs per token; of a run also its speed",
     "train": "train a model with the Hugging Face Trainer",
     "compare": "train several configurations on the same tokens and print one table",
     "evaluate": "perplexity, bits per byte and experts per token on held-out text",

@@ -238,7 +238,13 @@ class DynMoePreTrainedModel(RoutingChanges, ExpertPacking, PreTrainedModel):
         """As in transformers. The configuration names the class of every Auto class, not only of this model's."""
         if self._auto_class is not None:
             self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(*args, **kwargs)
+        # FSDP2 puts a class of its own in the place of ours, whose source would be saved in the place of ours.
+        current = type(self)
+        self.__class__ = next(base for base in current.__mro__ if base.__module__ == __name__)
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = current
 
     def loss_coefficients(self) -> list[dict[str, float]]:
         """Loss name -> coefficient of each router, in the order of `moe_blocks`."""

@@ -23,7 +23,7 @@ from transformers import (
     enable_full_determinism,
     set_seed,
 )
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import get_available_reporting_integrations, is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import dynmoe_hf
@@ -42,6 +42,7 @@ from .callbacks import (
 from .checkpoints import STATE_FILE, ResumableTrainer, fault, last_whole_checkpoint, writing
 from .data import load_documents, pack
 from .routers import RouterTrainer
+from .sharding import ShardedTrainer
 from .stream_trainer import StreamTrainer, check_stream_to_resume
 from .streams import BlockStream, DocumentStream, load_stream
 from .tokenizer import load_tokenizer, train_tokenizer
@@ -49,7 +50,7 @@ from .tokenizer import load_tokenizer, train_tokenizer
 CONFIG_FILE = "train_config.yaml"
 
 
-class RunTrainer(RouterTrainer, GlobalBalanceTrainer, StreamTrainer, ResumableTrainer):
+class RunTrainer(RouterTrainer, GlobalBalanceTrainer, StreamTrainer, ResumableTrainer, ShardedTrainer):
     """The Trainer of `dynmoe train`."""
 
 
@@ -210,6 +211,8 @@ def _check_model(model_args: ModelArguments, data_args: DataArguments) -> None:
                 f"the tokenizer is to be trained to {model_args.vocab_size} tokens, but model.vocab_size is "
                 f"{model_args.model['vocab_size']}; lower vocab_size."
             )
+    if is_deepspeed_zero3_enabled():
+        return  # it would gather and fill the weights of every model that is built
     try:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config, **_implementations(model_args))

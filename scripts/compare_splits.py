@@ -33,7 +33,7 @@ from dynmoe_hf.model.methods import METHODS
 from dynmoe_hf.training.arguments import DynMoeTrainingArguments
 from dynmoe_hf.training.callbacks import ControllerCallback
 from dynmoe_hf.training.routers import router_modules
-from dynmoe_hf.training.train import RunTrainer
+from dynmoe_hf.training.runs import RunTrainer
 
 SPLITS: dict[str, tuple[str, int]] = {
     "1 process": ("one", 1),

@@ -1,13 +1,18 @@
 """`dynmoe train`: train a model with the Hugging Face Trainer."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import importlib.util
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynmoe_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 REPORTED = {
     "eval_lm_loss": "validation loss, nats per token",
@@ -49,12 +54,19 @@ def run(args: argparse.Namespace) -> None:
     # The Trainer prints its logs where a reader of the JSON would look for it.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         metrics = train(model_args, data_args, training_args)
+    print_metrics(metrics, training_args, REPORTED, args.json)
+
+
+def print_metrics(
+    metrics: dict[str, float], training_args: TrainingArguments, reported: dict[str, str], as_json: bool
+) -> None:
+    """All metrics of a run as JSON, or those that are reported with what they mean; from one process alone."""
     if training_args.process_index != 0:
         return
-    if args.json:
+    if as_json:
         print(json.dumps(metrics, indent=2))
         return
-    for name, meaning in REPORTED.items():
+    for name, meaning in reported.items():
         if name in metrics:
             print(f"{meaning:<32}{metrics[name]:.4g}")
     print(f"{'model':<32}{training_args.output_dir}")

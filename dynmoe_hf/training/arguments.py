@@ -190,9 +190,14 @@ class _Parser(HfArgumentParser):
 
 
 def parse_arguments(
-    argv: Sequence[str], config_file: str | None = None
-) -> tuple[ModelArguments, DataArguments, DynMoeTrainingArguments]:
+    argv: Sequence[str], config_file: str | None = None, data_class: type = DataArguments
+) -> tuple[ModelArguments, Any, DynMoeTrainingArguments]:
     """Read the YAML file, if any, and the flags.
+
+    Args:
+        argv: the flags.
+        config_file: the YAML file.
+        data_class: the dataclass of what a command reads and learns; the model and the training are those of every one.
 
     Raises:
         UserError: for anything that does not fit, before anything else happens.
@@ -203,20 +208,20 @@ def parse_arguments(
         model = settings.get("model")
         if isinstance(model, Mapping):
             check_model_fields(model)
-        parser = _parser()
-        parser.set_defaults(**fit_settings(settings, config_file))
+        parser = _parser(data_class)
+        parser.set_defaults(**fit_settings(settings, config_file, data_class))
         *arguments, rest = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
         if rest:
             name = rest[0].lstrip("-").partition("=")[0]
-            raise ValueError(_unknown("argument", name) if rest[0].startswith("--") else f"What is {rest[0]!r} for?")
+            raise ValueError(
+                _unknown("argument", name, data_class) if rest[0].startswith("--") else f"What is {rest[0]!r} for?"
+            )
     return tuple(arguments)
 
 
-def to_yaml(
-    model_args: ModelArguments, data_args: DataArguments, training_args: DynMoeTrainingArguments, comment: str
-) -> str:
+def to_yaml(model_args: ModelArguments, data_args: Any, training_args: DynMoeTrainingArguments, comment: str) -> str:
     """A file that repeats a run: the arguments of model and data, and what differs from the defaults of training."""
     from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -241,9 +246,9 @@ def to_yaml(
     return f"# {comment}\n" + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
 
 
-def help_text() -> str:
+def help_text(data_class: type = DataArguments) -> str:
     """Everything that can be given, for the end of `dynmoe train --help`."""
-    ours = HfArgumentParser((ModelArguments, DataArguments), usage=argparse.SUPPRESS, add_help=False)
+    ours = HfArgumentParser((ModelArguments, data_class), usage=argparse.SUPPRESS, add_help=False)
     training = textwrap.fill(
         ", ".join(name for name in _field_types(DynMoeTrainingArguments)), width=100, initial_indent="  "
     ).replace("\n", "\n  ")
@@ -257,8 +262,8 @@ def _example() -> str:
     return textwrap.dedent((__doc__ or "").split("\n\n")[1]) + "\n"
 
 
-def _parser() -> _Parser:
-    return _Parser((ModelArguments, DataArguments, DynMoeTrainingArguments), allow_abbrev=False, add_help=False)
+def _parser(data_class: type) -> _Parser:
+    return _Parser((ModelArguments, data_class, DynMoeTrainingArguments), allow_abbrev=False, add_help=False)
 
 
 def read_settings(path: str) -> dict[str, Any]:
@@ -340,17 +345,17 @@ def check_model_fields(model: Mapping[str, Any]) -> None:
             raise ValueError(unknown_name("field of DynMoeConfig in model:", name, known))
 
 
-def fit_settings(settings: Mapping[str, Any], source: str | None) -> dict[str, Any]:
+def fit_settings(settings: Mapping[str, Any], source: str | None, data_class: type = DataArguments) -> dict[str, Any]:
     """The settings of a file as argparse takes them for defaults: it parses those that are strings, and no others.
 
     Raises:
         ValueError: a name is not an argument of training, or a value is not of its kind.
     """
-    hints = {name: hint for args in _parser().dataclass_types for name, hint in _field_types(args).items()}
+    hints = {name: hint for args in _parser(data_class).dataclass_types for name, hint in _field_types(args).items()}
     fitted = {}
     for name, value in settings.items():
         if name not in hints:
-            raise ValueError(_unknown(f"key in {source}:", name))
+            raise ValueError(_unknown(f"key in {source}:", name, data_class))
         if value is not None:
             fitted[name] = _fit_value(name, value, hints[name])
     return fitted
@@ -373,7 +378,7 @@ def _field_types(args: Any) -> dict[str, Any]:
     return {entry.name: hints[entry.name] for entry in dataclasses.fields(args) if entry.init}
 
 
-def _unknown(kind: str, name: object) -> str:
-    known = {name for args in _parser().dataclass_types for name in _field_types(args)}
+def _unknown(kind: str, name: object, data_class: type) -> str:
+    known = {name for args in _parser(data_class).dataclass_types for name in _field_types(args)}
     # All accepted names would be more than a screen.
-    return f"{unknown_name(kind, name, known).partition(' Accepted:')[0]} `dynmoe train --help` lists what there is."
+    return f"{unknown_name(kind, name, known).partition(' Accepted:')[0]} --help lists what there is."

@@ -104,9 +104,9 @@ class RoutingCallback(LogCallback):
     name (`load_balance`, `dynamic`, ...; without its coefficient), `lm_loss`, the mean over labels of the cross-entropy
     alone, and the `alarm/...` of `RoutingAlarms`, which also warn in words; the Trainer's own `loss` also holds the
     weighted auxiliary losses. The log and the metrics of an evaluation gain the same without alarms, with the prefix of
-    the evaluation (`eval_lm_loss`, ...), and the `eval_perplexity` and, if the bytes are known, the
-    `eval_bits_per_byte` of that lm_loss. Sequences that a distributed evaluation repeats to fill its last batch count
-    twice.
+    the evaluation (`eval_lm_loss`, ...), and that of a language model the `eval_perplexity` and, if the bytes are
+    known, the `eval_bits_per_byte` of that lm_loss. Sequences that a distributed evaluation repeats to fill its last
+    batch count twice.
 
     It works as `Trainer(model, callbacks=[RoutingCallback(model)], ...)`.
 
@@ -157,7 +157,8 @@ class RoutingCallback(LogCallback):
         if summary is None:
             return {}
         added = self._metrics(summary)
-        if summary.lm_loss is not None:
+        predicts_tokens = self.statistics.model.get_output_embeddings() is not None
+        if summary.lm_loss is not None and predicts_tokens:
             added["perplexity"] = torch.tensor(summary.lm_loss, dtype=torch.float64).exp().item()
             if self.tokens_per_byte is not None and prefix == "eval":
                 added["bits_per_byte"] = summary.lm_loss / math.log(2) * self.tokens_per_byte

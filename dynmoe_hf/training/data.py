@@ -74,14 +74,10 @@ def load_documents(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}, but must lie between 0 and 1.")
-    splits = load_source(source, config_name)
-    if validation_files:
-        splits["validation"] = load_files(find_files(validation_files))
-    if "train" not in splits:
-        raise ValueError(f"{source!r} has no split named 'train', only: {', '.join(sorted(splits))}.")
+    splits = load_splits(source, config_name, validation_files)
     documents = {split: as_documents(splits[split], text_column, split) for split in SPLITS if split in splits}
     if "validation" not in documents:
-        documents["train"], documents["validation"] = _hold_out(documents["train"], validation_fraction)
+        documents["train"], documents["validation"] = hold_out(documents["train"], "text", validation_fraction)
     return DatasetDict({split: documents[split] for split in SPLITS if split in documents})
 
 
@@ -165,6 +161,23 @@ def check_packing(tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
         raise ValueError(f"{type(tokenizer).__name__} cannot tell which text a token covers; a fast tokenizer can.")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token to end documents with; set tokenizer.eos_token.")
+
+
+def load_splits(
+    source: str | Sequence[str], config_name: str | None, validation_files: str | Sequence[str] | None
+) -> dict[str, Dataset]:
+    """The splits of a source of `load_documents`, with all their columns; there is one named `train`.
+
+    Raises:
+        FileNotFoundError: a file or a Hub dataset does not exist.
+        ValueError: a file's type or content, or the splits do not fit.
+    """
+    splits = load_source(source, config_name)
+    if validation_files:
+        splits["validation"] = load_files(find_files(validation_files))
+    if "train" not in splits:
+        raise ValueError(f"{source!r} has no split named 'train', only: {', '.join(sorted(splits))}.")
+    return splits
 
 
 def load_source(
@@ -265,8 +278,13 @@ def is_not_blank(text: str | None) -> bool:
     return bool(text and not text.isspace())
 
 
-def _hold_out(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    is_held_out = np.array([unit_hash(normalize(text)) < fraction for text in documents["text"]])
+def hold_out(documents: Dataset, column: str, fraction: float) -> tuple[Dataset, Dataset]:
+    """The rows to train on and those to validate on, told apart by a hash of a column of text.
+
+    Raises:
+        ValueError: one of the two is empty.
+    """
+    is_held_out = np.array([unit_hash(normalize(text)) < fraction for text in documents[column]])
     if is_held_out.all() or not is_held_out.any():
         raise ValueError(
             f"holding out a fraction of {fraction} of {len(documents)} documents leaves the "

@@ -85,7 +85,8 @@ def test_every_method_has_a_page_that_describes_its_options(name: str) -> None:
 
 
 def test_every_paper_that_the_models_cite_is_in_the_index() -> None:
-    sources = "".join(path.read_text() for path in (ROOT / "dynmoe_hf" / "model").glob("*.py"))
+    folders = (ROOT / "dynmoe_hf" / name for name in ("model", "convert"))
+    sources = "".join(path.read_text() for folder in folders for path in folder.glob("*.py"))
     cited = set(re.findall(r"arXiv (\d{4}\.\d{5})", sources))
     assert "2403.07652" in cited
     assert cited == set(re.findall(r"arXiv (\d{4}\.\d{5})", (ROOT / "docs" / "paper_index.md").read_text()))

@@ -148,6 +148,8 @@ def _count_parts(model: DynMoeForCausalLM) -> dict[str, int]:
             counts["experts"] += block.output_bias.numel()
         if block.shared_experts is not None:
             counts["shared_experts"] += _num_parameters(block.shared_experts)
+        if block.shared_expert_gate is not None:
+            counts["shared_experts"] += _num_parameters(block.shared_expert_gate)
     return counts
 
 

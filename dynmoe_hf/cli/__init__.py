@@ -20,6 +20,8 @@ COMMANDS = {
     "validate": "build a configuration without memory: parameters, memory, FLOPs per token; of a run also its speed",
     "train": "train a model with the Hugging Face Trainer",
     "compare": "train several configurations on the same tokens and print one table",
+    "convert": "turn checkpoints of other formats into models of this family, and back",
+    "upcycle": "make a mixture of experts of a dense model",
     "evaluate": "perplexity, bits per byte and experts per token on held-out text",
     "generate": "continue a prompt",
     "serve": "answer requests in the protocol of OpenAI",

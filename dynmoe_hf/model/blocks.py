@@ -58,11 +58,13 @@ class DynMoeBlock(nn.Module):
         self.selector = build_selector(config, layer_idx, bank)
         self.experts = build_experts(spec, config)
         self.output_bias = nn.Parameter(torch.zeros(config.hidden_size)) if config.moe_output_bias else None
-        self.shared_experts = None
+        self.shared_experts = self.shared_expert_gate = None
         if config.num_shared_experts:
             width = config.shared_expert_intermediate_size or config.num_shared_experts * config.moe_intermediate_size
             self.shared_experts = DynMoeMLP(config, width)
             self.mix = (config.routed_expert_weight, config.shared_expert_weight)
+            if config.shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     @property
     def statistic(self) -> str | None:
@@ -102,7 +104,10 @@ class DynMoeBlock(nn.Module):
             output = output + self.output_bias
         if self.shared_experts is not None:
             routed_weight, shared_weight = self.mix
-            output = routed_weight * output + shared_weight * self.shared_experts(hidden_states)
+            shared = self.shared_experts(hidden_states)
+            if self.shared_expert_gate is not None:
+                shared = torch.sigmoid(self.shared_expert_gate(hidden_states)) * shared
+            output = routed_weight * output + shared_weight * shared
         return output, routing
 
     def init_weights(self, std: float) -> None:

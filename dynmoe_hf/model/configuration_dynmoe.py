@@ -81,6 +81,7 @@ class DynMoeConfig(PreTrainedConfig):
         shared_expert_intermediate_size: width of that FFN; None for this many times `moe_intermediate_size`.
         routed_expert_weight, shared_expert_weight: what the routed and the shared part are multiplied with before they
             are added, where there are shared experts. None gives 0.5 to `rmoe` and 1 to the others.
+        shared_expert_gate: also multiply the shared part of each token with the sigmoid of a learned score (Qwen2-MoE).
         moe_output_bias: add a bias (D,) to what the routed experts of a layer return.
         expert_dropout: share of the inner activations of routed experts that training drops (Switch, arXiv 2101.03961,
             section 2.4).
@@ -139,6 +140,7 @@ class DynMoeConfig(PreTrainedConfig):
     shared_expert_intermediate_size: int | None = None
     routed_expert_weight: float | int | None = None
     shared_expert_weight: float | int | None = None
+    shared_expert_gate: bool = False
     moe_output_bias: bool = False
     expert_dropout: float | int = 0.0
     mlp_layer_types: list[str] | None = None
@@ -293,6 +295,8 @@ class DynMoeConfig(PreTrainedConfig):
         for name, lowest, highest in RANGES:
             if not lowest <= getattr(self, name) < highest:
                 raise ValueError(f"{name} must be at least {lowest} and below {highest}, got {getattr(self, name)}.")
+        if self.shared_expert_gate and not self.num_shared_experts:
+            raise ValueError("shared_expert_gate needs shared experts: give num_shared_experts.")
         self._check_total()
         self._check_rope()
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:

@@ -23,6 +23,7 @@ CONFIGS = {
     "top_p": {"routing": "top_p"},
     "tied": {"tie_word_embeddings": True},
     "dense": {"mlp_layer_types": ["dense"] * 3},
+    "gated shared experts": {"shared_expert_gate": True},
     "bias and norms": {"attention_bias": True, "qk_norm": "full"},
     "selection bias": {"routing": {"selector": {"bias": True}}},
     "bfloat16": {"dtype": "bfloat16"},

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dynmoe_hf import DynMoeConfig
+from dynmoe_hf.convert import AOE_FIRST, AOE_SECOND, from_ours, to_ours
 from dynmoe_hf.model import dispatch
 from dynmoe_hf.model.losses import TokenWeights, load_balance
 from dynmoe_hf.model.modeling_dynmoe import DynMoeBlock, build_experts
@@ -19,57 +20,11 @@ from tests.recorded import FOLDER
 from tests.tiny import ENGINES
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-FIRST_NAMES = {
-    "gate_down_proj": "dim_to_dim4route",
-    "gate_up_proj_lowrank": "dim4route_to_hidden_dim",
-    "up_proj": "dim_to_hidden_dim",
-    "down_proj": "hidden_dim_to_dim",
-}
-SECOND_NAMES = {
-    "gate_down_proj": "wg",
-    "gate_up_proj_lowrank": "experts.mlp.wup",
-    "up_proj": "experts.mlp.v1",
-    "down_proj": "experts.mlp.w2",
-}
 
 
 @cache
 def vectors() -> dict[str, Tensor]:
     return load_file(FOLDER / "aoe_v1_fp32.safetensors")
-
-
-def from_first(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One matrix an expert, used as `x @ weight` -> stacked, in the orientation of `nn.Linear`."""
-    experts = range(len(official) // 4)
-    return {
-        ours: torch.stack([official[f"wander_experts.{expert}.{theirs}"].T for expert in experts])
-        for ours, theirs in FIRST_NAMES.items()
-    }
-
-
-def to_first(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        f"wander_experts.{expert}.{theirs}": weights[ours][expert].T
-        for ours, theirs in FIRST_NAMES.items()
-        for expert in range(len(weights[ours]))
-    }
-
-
-def from_second(official: dict[str, Tensor], num_experts: int) -> dict[str, Tensor]:
-    """`wg` (D, E r) with the columns of one expert side by side; the others (E W, ...), `w2` used without transpose."""
-    weights = {
-        ours: official[theirs].unflatten(0, (num_experts, -1))
-        for ours, theirs in SECOND_NAMES.items()
-        if ours != "gate_down_proj"
-    }
-    weights["gate_down_proj"] = official["wg"].T.unflatten(0, (num_experts, -1))
-    return {**weights, "down_proj": weights["down_proj"].transpose(1, 2)}
-
-
-def to_second(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    flat = {SECOND_NAMES[ours]: weight.flatten(0, 1) for ours, weight in weights.items()}
-    flat["experts.mlp.w2"] = weights["down_proj"].transpose(1, 2).flatten(0, 1)
-    return {**flat, "wg": flat["wg"].T}
 
 
 def our_block(weights: dict[str, Tensor], engine: str, **selector: Any) -> DynMoeBlock:
@@ -110,7 +65,7 @@ def test_first_official_implementation(engine: str) -> None:
     recorded = vectors()
     state = {key.removeprefix("state."): value for key, value in recorded.items() if key.startswith("state.")}
     gradients = {key.removeprefix("grad."): value for key, value in recorded.items() if key.startswith("grad.")}
-    block = our_block(from_first(state), engine)
+    block = our_block(to_ours(AOE_FIRST, state), engine)
     inputs = recorded["input"].clone().requires_grad_()
     output, routing = block(inputs, RoutingContext(0))
 
@@ -124,13 +79,15 @@ def test_first_official_implementation(engine: str) -> None:
 
     ((output * recorded["upstream_grad"]).sum() + 0.01 * balance.sum()).backward()
     assert_same_gradients({"input": inputs.grad}, {"input": recorded["grad_input"]})
-    assert_same_gradients(to_first(expert_gradients(block)), gradients)
+    assert_same_gradients(from_ours(AOE_FIRST, expert_gradients(block)), gradients)
 
 
 def test_first_official_implementation_without_renormalisation() -> None:
     recorded = vectors()
     state = {key.removeprefix("state."): value for key, value in recorded.items() if key.startswith("state.")}
-    _, routing = our_block(from_first(state), "eager", norm_topk_prob=False)(recorded["input"], RoutingContext(0))
+    _, routing = our_block(to_ours(AOE_FIRST, state), "eager", norm_topk_prob=False)(
+        recorded["input"], RoutingContext(0)
+    )
     assert torch.equal(routing.expert_ids, recorded["topk_index"])
     torch.testing.assert_close(routing.weights, recorded["topk_weight_raw"], **CLOSE)
 
@@ -179,7 +136,7 @@ def test_second_official_implementation(engine: str, dtype: torch.dtype) -> None
     expected, norms, scores, counts = second_implementation(leaves, leaf)
     (expected * upstream).sum().backward()
 
-    block = our_block(from_second(weights, 4), engine, norm_topk_prob=False)
+    block = our_block(to_ours(AOE_SECOND, weights, 4), engine, norm_topk_prob=False)
     block.to(dtype)
     ours = inputs.to(dtype).requires_grad_()
     output, routing = block(ours, RoutingContext(0))
@@ -192,14 +149,14 @@ def test_second_official_implementation(engine: str, dtype: torch.dtype) -> None
     assert torch.equal(routing.selected().sum(0).long(), counts)
     torch.testing.assert_close(dense_weights(routing).to(dtype), (scores * routing.selected()).to(dtype), **CLOSE)
     assert_same_gradients({"input": ours.grad.double()}, {"input": leaf.grad})
-    gradients = {name: gradient.double() for name, gradient in to_second(expert_gradients(block)).items()}
+    gradients = {name: gradient.double() for name, gradient in from_ours(AOE_SECOND, expert_gradients(block)).items()}
     assert_same_gradients(gradients, {name: weight.grad for name, weight in leaves.items()})
 
 
 def test_renormalisation_would_change_the_second_one() -> None:
     weights, inputs, _ = second_layout()
     expected = second_implementation(weights, inputs)[0]
-    block = our_block(from_second(weights, 4), "eager")
+    block = our_block(to_ours(AOE_SECOND, weights, 4), "eager")
     assert (block(inputs, RoutingContext(0))[0] - expected).abs().max() > 0.1
 
 
@@ -207,15 +164,15 @@ def test_layouts_convert_into_each_other() -> None:
     """From the first layout to the second and back, each time through ours, with equal outputs on the way."""
     recorded = vectors()
     first = {key.removeprefix("state."): value for key, value in recorded.items() if key.startswith("state.")}
-    second = to_second(from_first(first))
+    second = from_ours(AOE_SECOND, to_ours(AOE_FIRST, first))
     assert {name: tuple(value.shape) for name, value in second.items()} == {
         "wg": (32, 8 * 8),
         "experts.mlp.wup": (8 * 24, 8),
         "experts.mlp.v1": (8 * 24, 32),
         "experts.mlp.w2": (8 * 24, 32),
     }
-    back = to_first(from_second(second, 8))
+    back = from_ours(AOE_FIRST, to_ours(AOE_SECOND, second, 8))
     assert back.keys() == first.keys()
     assert all(torch.equal(back[name], first[name]) for name in first)
-    output, _ = our_block(from_second(second, 8), "eager")(recorded["input"], RoutingContext(0))
+    output, _ = our_block(to_ours(AOE_SECOND, second, 8), "eager")(recorded["input"], RoutingContext(0))
     torch.testing.assert_close(output, recorded["output"], **CLOSE)

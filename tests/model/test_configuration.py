@@ -209,3 +209,9 @@ def test_names_that_other_programs_read() -> None:
     assert config.routing["losses"]["load_balance"] == 0.0
     assert DynMoeConfig(num_local_experts=4).num_experts == 4
     assert DynMoeConfig(router_aux_loss_coef=0.5).routing["losses"]["load_balance"] == 0.5
+
+
+def test_a_gate_needs_shared_experts() -> None:
+    with pytest.raises(ValueError, match="shared_expert_gate needs shared experts"):
+        DynMoeConfig(shared_expert_gate=True)
+    assert DynMoeConfig(shared_expert_gate=True, num_shared_experts=1).shared_expert_gate

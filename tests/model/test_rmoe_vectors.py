@@ -2,8 +2,6 @@
 recorded against `plain_rmoe.py`, which must itself give the recorded tensors."""
 
 import copy
-import re
-from collections import defaultdict
 from functools import cache
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dynmoe_hf import DynMoeConfig, DynMoeForCausalLM
+from dynmoe_hf.convert import FORMATS, to_ours
 from dynmoe_hf.model.routing import RoutingContext
 from dynmoe_hf.model.scorers import RecurrentCore, RecurrentOptions
 from tests.model.plain_rmoe import Tensors, mlp, padding_mask, pooled_balance, released_model, swiglu, under
@@ -30,81 +29,21 @@ COMPUTED: dict[str, tuple[str, dict[str, Any]]] = {
     "three experts": ("rmoe_gru", {"num_experts_per_tok": 3}),
 }
 CASES = (*RECORDED, *COMPUTED)
-SAME_NAME = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "num_experts_per_tok",
-)
-RENAMED = {
-    ".block_sparse_moe.weight1": ".mlp.gate.in_proj",
-    ".block_sparse_moe.weight2": ".mlp.gate.out_proj",
-    ".block_sparse_moe.gate.weight": ".mlp.gate.weight",
-    ".block_sparse_moe.bias": ".mlp.output_bias",
-    ".mlp_share.": ".mlp.shared_experts.",
-}
 GATES = {"gru": "rzn", "rnn": "n", "linear": ""}
 
 
-def our_cell(official: Tensors, gates: str) -> Tensors:
-    """The matrices of all gates one below the other."""
-    return {
-        f"{kind}_{side}h": torch.cat([official[f"{kind}_{side}{gate}"] for gate in gates])
-        for kind in ("weight", "bias")
-        for side in "ih"
-        if gates
-    }
-
-
-def our_state_dict(official: Tensors, router: str) -> Tensors:
-    ours: Tensors = {}
-    experts: dict[tuple[str, str], dict[int, Tensor]] = defaultdict(dict)
-    for name, value in official.items():
-        if match := re.fullmatch(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.(w\d)\.weight", name):
-            experts[match[1], match[3]][int(match[2])] = value
-        elif ".rnn_router." not in name:
-            for theirs, our in RENAMED.items():
-                name = name.replace(theirs, our)
-            ours[name] = value
-    stacked = {key: torch.stack([parts[expert] for expert in sorted(parts)]) for key, parts in experts.items()}
-    for layer in {layer for layer, _ in stacked}:
-        ours[f"{layer}.mlp.experts.gate_up_proj"] = torch.cat([stacked[layer, "w1"], stacked[layer, "w3"]], dim=1)
-        ours[f"{layer}.mlp.experts.down_proj"] = stacked[layer, "w2"]
-    cell = our_cell(under(official, "model.rnn_router."), GATES[router])
-    return ours | {f"model.shared_scorers.recurrent.cell.{name}": value for name, value in cell.items()}
+def our_state_dict(official: Tensors) -> Tensors:
+    return to_ours(FORMATS["rmoe"].rules, official)
 
 
 def our_model(case: Vectors, engine: str = "eager") -> DynMoeForCausalLM:
-    official = case.official
-    scorer: dict[str, Any] = {"type": "linear"}
-    if official["moe_router_type"] != "linear":
-        size, cell = official["moe_router_rnn_hidden_size"], official["moe_router_type"]
-        scorer = {"type": "recurrent", "size": size, "cell": cell}
-    num_dense = official["num_hidden_layers"] - official["moe_num_layers"]
-    config = DynMoeConfig(
-        **{name: official[name] for name in SAME_NAME},
-        num_experts=official["num_local_experts"],
-        moe_intermediate_size=official["moe_expert_intermediate_size"] or official["intermediate_size"],
-        num_shared_experts=int(official["add_moe_share_expert"]),
-        shared_expert_intermediate_size=official["moe_share_expert_intermediate_size"],
-        routed_expert_weight=official["moe_weight"],
-        shared_expert_weight=official["share_weight"],
-        moe_output_bias=official["add_moe_bias"],
-        mlp_layer_types=["dense"] * num_dense + ["sparse"] * official["moe_num_layers"],
-        rope_parameters={"rope_type": "default", "rope_theta": official["rope_theta"]},
-        routing={"scorer": scorer, "losses": {"load_balance": official["router_aux_loss_coef"]}},
-        aux_reduction="pooled",
-        balance_scope="micro",
-    )
+    arguments, notes = FORMATS["rmoe"].read_config(case.official)
+    assert not notes
     # Eager attention, as recorded: only there does the gradient of a padding row follow all keys alike.
-    model = AutoModelForCausalLM.from_config(config, experts_implementation=engine, attn_implementation="eager")
-    model.load_state_dict(our_state_dict(case.under("weights."), official["moe_router_type"]))
+    model = AutoModelForCausalLM.from_config(
+        DynMoeConfig(**arguments), experts_implementation=engine, attn_implementation="eager"
+    )
+    model.load_state_dict(our_state_dict(case.under("weights.")))
     return model.eval()
 
 
@@ -235,7 +174,7 @@ def test_whole_loss_and_its_gradients(name: str, engine: str) -> None:
     torch.testing.assert_close(output.aux_losses["load_balance"][None], case["out.aux_loss"], **CLOSE)
     torch.testing.assert_close(output.loss[None], case["out.loss"], **CLOSE)
     output.loss.backward()
-    expected = our_state_dict(computed(name).under("grad."), case.official["moe_router_type"])
+    expected = our_state_dict(computed(name).under("grad."))
     gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
     assert gradients.keys() == expected.keys()
     for key, value in expected.items():
@@ -265,7 +204,8 @@ def test_prefill_and_one_cached_step(name: str) -> None:
 def test_the_cells_alone(kind: str) -> None:
     recorded = vectors("rmoe_cells")
     core = RecurrentCore(RecurrentOptions(size=6, cell=kind), None)
-    core.cell.load_state_dict(our_cell(recorded.under(f"{kind}.weights."), GATES[kind]))
+    official = {f"model.rnn_router.{name}": value for name, value in recorded.under(f"{kind}.weights.").items()}
+    core.load_state_dict(under(our_state_dict(official), "model.shared_scorers.recurrent."))
     for carried, expected in ((recorded["in.h"], "out"), (None, "out_no_state")):
         state, carried_on = core(recorded["in.x"], torch.eye(6), carried)
         torch.testing.assert_close(state, recorded[f"{kind}.{expected}"], rtol=0, atol=1e-6)

@@ -1,6 +1,5 @@
 """Our top-p models against tensors recorded from the official Dynamic_MoE code (`tests/vectors/README.md`)."""
 
-import re
 from collections import defaultdict
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dynmoe_hf import DynMoeConfig, DynMoeForCausalLM
+from dynmoe_hf.convert import FORMATS, from_ours, to_ours
 from dynmoe_hf.model import attention
 from dynmoe_hf.model.expert_selectors import TopP, TopPOptions
 from dynmoe_hf.model.losses import TokenWeights, entropy, load_balance
@@ -29,40 +29,14 @@ def official_attention(
     return (scores.softmax(-1) @ value).transpose(1, 2), None
 
 
-def our_name(official: str) -> str:
-    renamed = official.replace(".input_norm.", ".input_layernorm.")
-    renamed = renamed.replace(".post_attention_norm.", ".post_attention_layernorm.")
-    return renamed.replace(".mlp.mlp.", ".mlp.").replace(".mlp.router.", ".mlp.gate.")
-
-
 def our_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours: dict[str, Tensor] = {}
-    experts: dict[tuple[str, str], dict[int, Tensor]] = defaultdict(dict)
-    for name, value in official.items():
-        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name):
-            experts[match[1], match[3]][int(match[2])] = value
-        elif not name.endswith("rotary_emb.inv_freq"):
-            ours[our_name(name)] = value
-    stacked = {key: torch.stack([parts[expert] for expert in sorted(parts)]) for key, parts in experts.items()}
-    for prefix in {prefix for prefix, _ in stacked}:
-        ours[f"{prefix}.gate_up_proj"] = torch.cat([stacked[prefix, "gate_proj"], stacked[prefix, "up_proj"]], dim=1)
-        ours[f"{prefix}.down_proj"] = stacked[prefix, "down_proj"]
-    return ours
+    kept = {name: value for name, value in official.items() if not name.endswith("rotary_emb.inv_freq")}
+    return to_ours(FORMATS["dynamic_moe"].rules, kept)
 
 
 def our_model(recorded: Vectors, engine: str = "eager") -> DynMoeForCausalLM:
-    official = recorded.official
-    layers = range(official["num_hidden_layers"])
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-    config = DynMoeConfig(
-        **{name: official[name] for name in (*same, "max_position_embeddings", "rms_norm_eps", "num_experts")},
-        num_key_value_heads=official["num_attention_heads"],
-        moe_intermediate_size=official["intermediate_size"],
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        mlp_layer_types=["dense" if layer % official["expert_frequency"] else "sparse" for layer in layers],
-        routing={"method": "top_p", "selector": {"p": official["top_p_threshold"]}},
-        balance_scope="micro",
-    )
+    arguments, _ = FORMATS["dynamic_moe"].read_config(recorded.official)
+    config = DynMoeConfig(**arguments)
     model = AutoModelForCausalLM.from_config(config, experts_implementation=engine)
     model.load_state_dict(our_state_dict(recorded.under("weights.")))
     return model.eval()
@@ -142,14 +116,13 @@ def test_language_model_loss_and_its_gradients(name: str, engine: str, monkeypat
     torch.testing.assert_close(output.lm_loss[None], recorded["out.ce_loss"], **CLOSE)
     output.lm_loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = from_ours(FORMATS["dynamic_moe"].rules, gradients)
     expected = recorded.under("grad.")
     assert any("router" in name for name in expected)
     for official, value in expected.items():
-        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.down_proj\.weight", official):
-            ours = gradients[f"{match[1]}.down_proj"][int(match[2])]
-        else:
-            ours = gradients[our_name(official)]
-        torch.testing.assert_close(ours, value, rtol=1e-4, atol=1e-4 * value.abs().max().item(), msg=official)
+        torch.testing.assert_close(
+            gradients[official], value, rtol=1e-4, atol=1e-4 * value.abs().max().item(), msg=official
+        )
 
 
 @pytest.mark.parametrize(("name", "engine"), ENGINE_CASES)

@@ -1,6 +1,6 @@
 """Our decoder with `top_k` routing against the models of transformers that it contains: same weights, same numbers.
 
-Parameter names are the same on both sides, so a state dict is loaded as it is; only the configuration is translated.
+Configurations and names of parameters are translated by `dynmoe_hf.convert`.
 """
 
 from functools import cache
@@ -17,6 +17,7 @@ from transformers import (
     OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -24,6 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dynmoe_hf import DynMoeConfig, DynMoeForCausalLM
+from dynmoe_hf.convert import FORMATS, to_ours
 from dynmoe_hf.model.attention import DynMoeRotaryEmbedding
 from dynmoe_hf.model.modeling_dynmoe import DynMoeBlock, build_experts
 from dynmoe_hf.model.routing import RoutingContext
@@ -55,6 +57,9 @@ QWEN3: dict[str, Any] = SMALL | {
     "num_experts_per_tok": 3,
     "head_dim": 16,
     "router_aux_loss_coef": AUX_COEFFICIENT,
+}
+QWEN2: dict[str, Any] = {name: value for name, value in QWEN3.items() if name != "head_dim"} | {
+    "shared_expert_intermediate_size": 20
 }
 OLMOE: dict[str, Any] = SMALL | {
     "intermediate_size": 24,
@@ -90,6 +95,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "olmoe": OlmoeConfig(**OLMOE),
     "qwen3_moe": Qwen3MoeConfig(**QWEN3, mlp_only_layers=[1]),
     "qwen3_moe-norm-bias": Qwen3MoeConfig(**QWEN3, norm_topk_prob=True, attention_bias=True),
+    # Without the bias of its queries, keys and values, for which ours has one more, of the output (tests/convert).
+    "qwen2_moe": Qwen2MoeConfig(
+        **QWEN2, mlp_only_layers=[1], qkv_bias=False, use_sliding_window=True, sliding_window=4, max_window_layers=3
+    ),
     "llama": LlamaConfig(
         **SMALL, intermediate_size=40, attention_bias=True, tie_word_embeddings=True, rope_parameters=rope("llama3")
     ),
@@ -99,31 +108,13 @@ ENGINE_CASES = [(name, engine) for name in SPARSE for engine in ENGINES] + [("ll
 
 
 def our_config(theirs: PreTrainedConfig, **changes: Any) -> DynMoeConfig:
-    kind = theirs.model_type
-    layers = range(theirs.num_hidden_layers)
-    dense = layers if kind == "llama" else getattr(theirs, "mlp_only_layers", [])
-    settings = {name: getattr(theirs, name) for name in SMALL} | {
-        "intermediate_size": theirs.intermediate_size,
-        "moe_intermediate_size": getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
-        "head_dim": getattr(theirs, "head_dim", None),
-        "rms_norm_eps": theirs.rms_norm_eps,
-        "rope_parameters": dict(theirs.rope_parameters),
-        "attention_bias": getattr(theirs, "attention_bias", False),
-        "tie_word_embeddings": theirs.tie_word_embeddings,
-        "qk_norm": {"olmoe": "full", "qwen3_moe": "per_head"}.get(kind, "none"),
-        "sliding_window": getattr(theirs, "sliding_window", None),
-        "mlp_layer_types": ["dense" if layer in dense else "sparse" for layer in layers],
-        "num_experts": getattr(theirs, "num_experts", 1),
-        "num_experts_per_tok": getattr(theirs, "num_experts_per_tok", 1),
-        "routing": {
-            "method": "top_k",
-            "selector": {"norm_topk_prob": kind == "mixtral" or getattr(theirs, "norm_topk_prob", True)},
-            "losses": {"load_balance": getattr(theirs, "router_aux_loss_coef", 0.0)},
-        },
-        "aux_reduction": "pooled",
-        "balance_scope": "micro",
-    }
-    return DynMoeConfig(**(settings | changes))
+    arguments, notes = FORMATS[theirs.model_type].read_config(theirs)
+    assert not notes
+    return DynMoeConfig(**(arguments | changes))
+
+
+def our_tensors(theirs: PreTrainedConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return to_ours(FORMATS[theirs.model_type].rules, tensors)
 
 
 def their_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -144,7 +135,7 @@ def their_state_dict(name: str) -> dict[str, Tensor]:
 def our_model(name: str, engine: str = "eager", **changes: Any) -> DynMoeForCausalLM:
     model = AutoModelForCausalLM.from_config(our_config(CONFIGS[name], **changes), experts_implementation=engine)
     assert isinstance(model, DynMoeForCausalLM)
-    model.load_state_dict(their_state_dict(name))
+    model.load_state_dict(our_tensors(CONFIGS[name], their_state_dict(name)))
     return model.eval()
 
 
@@ -170,7 +161,7 @@ def expected(name: str, padding: str) -> dict[str, Any]:
     answer = {
         "logits": output.logits.detach(),
         "lm_loss": output.loss.detach(),
-        "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
+        "gradients": our_tensors(model.config, {name: weight.grad for name, weight in model.named_parameters()}),
     }
     if name in SPARSE:
         model.zero_grad()
@@ -180,7 +171,9 @@ def expected(name: str, padding: str) -> dict[str, Any]:
             "loss": with_aux.loss.detach(),
             "aux_loss": with_aux.aux_loss.detach(),
             "router_logits": with_aux.router_logits,
-            "gradients_with_aux": {name: parameter.grad for name, parameter in model.named_parameters()},
+            "gradients_with_aux": our_tensors(
+                model.config, {name: weight.grad for name, weight in model.named_parameters()}
+            ),
         }
     return answer
 
@@ -250,7 +243,7 @@ def test_pooled_load_balance_and_the_whole_loss(name: str, padding: str) -> None
 def test_load_balance_of_one_layer_needs_no_pooling(reduction: str, padding: str) -> None:
     theirs = their_model(MixtralConfig(**(MIXTRAL | {"num_hidden_layers": 1})))
     ours = AutoModelForCausalLM.from_config(our_config(theirs.config, aux_reduction=reduction)).eval()
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(our_tensors(theirs.config, theirs.state_dict()))
     inputs, _, _ = batch(padding)
     answers = [model(**inputs, output_router_logits=True).aux_loss for model in (ours, theirs)]
     torch.testing.assert_close(*answers, **CLOSE)

@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "perplexity, bits per byte and experts per token on held-out text",
     "generate": "continue a prompt",
     "serve": "answer requests in the protocol of OpenAI",
+    "push": "publish a model on the Hub, with its code and a model card",
     "bench": "compare engines, peers and methods: equal results first, then time and memory",
     "demo": "train top_k and top_p on the same text, compare, plot, reload, generate",
 }

@@ -1,15 +1,10 @@
 """`dynmoe methods`: the routing methods, their parts, options and defaults."""
 
 import argparse
-import inspect
 import json
-import re
-from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from .tables import new_console, new_table
-
-_ENTRY = re.compile(r"    (\w+(?:, \w+)*): (.*)")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,21 +30,6 @@ def run(args: argparse.Namespace) -> None:
         _print_method(methods[0])
 
 
-def option_docs(options_class: type) -> dict[str, str]:
-    """What the `Args:` block of a docstring says about each option."""
-    docs: dict[str, str] = {}
-    names: list[str] = []
-    for line in inspect.getdoc(options_class).partition("Args:\n")[2].splitlines():
-        if entry := _ENTRY.fullmatch(line):
-            names = entry[1].split(", ")
-            docs |= dict.fromkeys(names, entry[2])
-        elif line.startswith("     "):
-            docs |= {name: f"{docs[name]} {line.strip()}" for name in names}
-        else:
-            break
-    return docs
-
-
 def _describe(name: str) -> dict[str, Any]:
     from dynmoe_hf.model.losses import LOSSES
     from dynmoe_hf.model.methods import AXES, METHODS, expand
@@ -69,30 +49,13 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def _describe_part(axis: str, part: dict[str, Any]) -> dict[str, Any]:
-    from dynmoe_hf.model.methods import PARTS, options_class
+    """A part of a preset, whose values are the defaults of the method."""
+    from dynmoe_hf.analysis.description import describe_part
 
-    part_class = PARTS[axis][part["type"]]
-    options = options_class(axis, part["type"])
-    docs = option_docs(options)
-    return {
-        "type": part["type"],
-        "doc": " ".join(inspect.getdoc(part_class).partition("\n\n")[0].split()),
-        "options": [
-            {
-                "name": field.name,
-                "type": _type_name(field.type),
-                "default": part[field.name],
-                "doc": docs[field.name],
-            }
-            for field in fields(options)
-        ],
-    }
-
-
-def _type_name(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return " | ".join(json.dumps(value) for value in get_args(annotation))
-    return inspect.formatannotation(annotation)
+    described = describe_part(axis, part)
+    for option in described["options"]:
+        option["default"] = option.pop("value")
+    return described
 
 
 def _print_list(methods: list[dict[str, Any]]) -> None:

@@ -10,8 +10,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from dynmoe_hf import DynMoeForCausalLM
+from dynmoe_hf.analysis.description import option_docs
 from dynmoe_hf.cli import COMMANDS, main
-from dynmoe_hf.cli.methods import option_docs
 from dynmoe_hf.cli.model_arguments import split_dotted_flags
 from dynmoe_hf.model.methods import AXES, METHODS, Method, expand, options_class
 from dynmoe_hf.training.tokenizer import train_tokenizer

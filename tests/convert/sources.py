@@ -1,5 +1,6 @@
 """Checkpoints of other formats, made by transformers' own classes or of recorded weights."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ DENSE_CONFIGS: dict[str, PreTrainedConfig] = {
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A seeded model whose norms and biases are not those of a fresh one."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()  # saving writes a dtype into the config
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):

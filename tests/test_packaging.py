@@ -58,7 +58,7 @@ def test_constraints_pin_every_direct_requirement_within_its_range() -> None:
 def test_floor_pins_the_lower_bound_of_every_range() -> None:
     bounds = {
         name: Version(specifier.version)
-        for name, requirement in requirements("demo", "finetune", "quantization").items()
+        for name, requirement in requirements("demo", "finetune", "quantization", "eval").items()
         for specifier in requirement.specifier
         if specifier.operator == ">="
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,9 @@ class Cost:
 
 
 def count_cost(
-    config: DynMoeConfig, experts_per_token: float | None = None, sequence_length: int | None = None
+    config: DynMoeConfig,
+    experts_per_token: float | Sequence[float] | None = None,
+    sequence_length: int | None = None,
 ) -> Cost:
     """Count parameters, memory and FLOPs of the language model of a configuration, on the meta device.
 
@@ -78,9 +81,9 @@ def count_cost(
 
     Args:
         config: a valid configuration; its `dtype`, float32 if it has none, is that of the weights.
-        experts_per_token: mean number of experts, 0 ... E, of every router; a cartesian layer has two. None takes from
-            each router what its selector is bound to use; if that is not fixed for some router, the cost is given for
-            1, for 2, for the target of a controller, and for the most experts there.
+        experts_per_token: mean number of experts, 0 ... E, of every router, or (L,) of each; a cartesian layer has two.
+            None takes from each router what its selector is bound to use; if that is not fixed for some router, the
+            cost is given for 1, for 2, for the target of a controller, and for the most experts there.
         sequence_length: at least 1; None takes `max_position_embeddings`.
 
     Raises:
@@ -91,7 +94,8 @@ def count_cost(
     sequence_length = config.max_position_embeddings if sequence_length is None else sequence_length
     if sequence_length < 1:
         raise ValueError(f"sequence_length must be at least 1, got {sequence_length}.")
-    if experts_per_token is not None and not 0 <= experts_per_token <= config.num_experts:
+    means = experts_per_token if isinstance(experts_per_token, Sequence) else [experts_per_token or 0]
+    if not all(0 <= mean <= config.num_experts for mean in means):
         raise ValueError(
             f"experts_per_token must be between 0 and num_experts ({config.num_experts}), got {experts_per_token}."
         )
@@ -109,6 +113,8 @@ def count_cost(
             unrouted_flops += 2 * _num_matrix_elements(model.model.shared_scorers[block.spec["scorer"]["type"]])
     if experts_per_token is None:
         choices = _experts_per_layer(blocks)
+    elif isinstance(experts_per_token, Sequence):
+        choices = [list(experts_per_token)]
     else:
         choices = [[experts_per_token] * len(blocks)]
     activity = []

@@ -95,6 +95,31 @@ def plot_time_over_experts(lines: Mapping[str, Mapping[float, float]], path: str
     _save(figure, axes, path)
 
 
+def plot_quality_over_experts(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]], path: str | os.PathLike, metric: str
+) -> None:
+    """Draw a metric against the mean number of experts of a token, one line a task, with bars of one standard error.
+
+    Args:
+        lines: name of a task -> experts per token, value and standard error, at each setting of one checkpoint.
+        path: PNG file to write.
+        metric: what the values are, for the axis.
+
+    Raises:
+        ValueError: there is no task.
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure(lines)
+    for (name, points), style in zip(lines.items(), _styles(), strict=False):
+        experts, values, errors = zip(*sorted(points), strict=True)
+        axes.errorbar(experts, values, yerr=errors, capsize=3, label=name, **style)
+    axes.set_xlabel("Experts per token, mean over tokens and layers")
+    axes.set_ylabel(metric)
+    axes.set_title("Quality against compute of one checkpoint")
+    axes.set_xlim(left=0)
+    _save(figure, axes, path)
+
+
 def _figure(runs: Mapping[str, Any]) -> tuple[Figure, Axes]:
     if not runs:
         raise ValueError("there is no run to draw.")

@@ -22,7 +22,7 @@ COMMANDS = {
     "compare": "train several configurations on the same tokens and print one table",
     "convert": "turn checkpoints of other formats into models of this family, and back",
     "upcycle": "make a mixture of experts of a dense model",
-    "evaluate": "perplexity, bits per byte and experts per token on held-out text",
+    "evaluate": "perplexity on held-out text, or tasks of lm-evaluation-harness, with experts per token",
     "generate": "continue a prompt",
     "serve": "answer requests in the protocol of OpenAI",
     "push": "publish a model on the Hub, with its code and a model card",

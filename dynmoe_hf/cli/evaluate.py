@@ -1,4 +1,4 @@
-"""`dynmoe evaluate`: how well a model predicts held-out text, and with how many experts."""
+"""`dynmoe evaluate`: how well a model predicts held-out text, or solves tasks, and with how many experts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .evaluate_tasks import add_task_arguments, run_on_tasks
 from .model_arguments import add_model_arguments, load
 from .tables import new_console, new_table
 
@@ -23,6 +24,16 @@ REPORTED = {
     "dead_experts": "experts that no token used",
 }
 
+# The arguments that are about text, which --tasks does not read.
+TEXT_DEFAULTS = {
+    "dataset": ["python-stdlib"],
+    "dataset_config": None,
+    "split": "validation",
+    "validation_fraction": 0.05,
+    "text_column": "text",
+    "block_size": None,
+}
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
@@ -30,35 +41,51 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         nargs="+",
-        default=["python-stdlib"],
         help="python-stdlib (default), the name of a Hub dataset, or files, patterns or folders, as in training",
     )
     parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a Hub dataset")
     parser.add_argument(
         "--split",
         choices=("validation", "test", "all"),
-        default="validation",
         help="validation (default) is what training holds out of the same data; all takes every document of files",
     )
-    parser.add_argument("--validation-fraction", type=float, default=0.05, metavar="F", help="as in training")
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="column that holds the text")
+    parser.add_argument("--validation-fraction", type=float, metavar="F", help="as in training")
+    parser.add_argument("--text-column", metavar="NAME", help="column that holds the text")
     parser.add_argument(
         "--block-size", type=int, metavar="N", help="tokens in a sequence, default: the model's longest"
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences in one call, default 8")
-    parser.add_argument("--limit", type=int, metavar="N", help="evaluate on the first N blocks only")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="evaluate on the first N blocks, or examples of each task, only"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to a file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="also write the JSON to this file; with --tasks, JSON, table and plots to this folder",
+    )
+    parser.set_defaults(task_arguments=add_task_arguments(parser), **TEXT_DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command. Raises UserError for what the user can mend."""
     from dynmoe_hf.errors import user_errors
+
+    with user_errors():
+        _check(args)
+    if args.tasks is None:
+        _run_on_text(args)
+    else:
+        run_on_tasks(args)
+
+
+def _run_on_text(args: argparse.Namespace) -> None:
+    from dynmoe_hf.errors import user_errors
     from dynmoe_hf.evaluation.perplexity import evaluate_text
     from dynmoe_hf.training.data import pack
 
     with user_errors():
-        _check(args)
         model, tokenizer = load(args)
         block_size = _block_size(args.block_size, model.config.max_position_embeddings)
         blocks = pack(_documents(args), tokenizer, block_size, keep_remainder=True)
@@ -90,7 +117,16 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("batch_size", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
-    if args.output is not None and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
+    if args.tasks is None:
+        idle = [name for name in args.task_arguments if getattr(args, name) not in (None, False)]
+    else:
+        idle = [name for name, default in TEXT_DEFAULTS.items() if getattr(args, name) != default]
+    if idle:
+        rule = "needs" if args.tasks is None else "has no meaning with"
+        raise ValueError(f"--{idle[0].replace('_', '-')} {rule} --tasks.")
+    if args.tasks is not None or args.output is None:
+        return
+    if args.output.is_dir() or not args.output.absolute().parent.is_dir():
         raise ValueError(f"cannot write {str(args.output)!r}: it is a folder, or in a folder that does not exist.")
 
 

@@ -1,13 +1,15 @@
 """How the commands print tables."""
 
+from typing import TextIO
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 
-def new_console() -> Console:
-    """A console on stdout that prints text as it is: brackets are no markup."""
-    return Console(markup=False, highlight=False)
+def new_console(file: TextIO | None = None, width: int | None = None) -> Console:
+    """A console on stdout, or on a file, that prints text as it is: brackets are no markup."""
+    return Console(markup=False, highlight=False, file=file, width=width)
 
 
 def new_table(*columns: str, numbers: bool = False) -> Table:

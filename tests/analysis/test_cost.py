@@ -107,7 +107,17 @@ def test_layers_with_their_own_routing():
     assert [point.experts_per_token for point in fixed.activity] == [3]
 
 
-@pytest.mark.parametrize("arguments", [{"experts_per_token": 9}, {"experts_per_token": -1}, {"sequence_length": 0}])
+def test_a_mean_of_each_router():
+    config = tiny_config("top_p", layer_routing={0: {"experts": {"type": "low_rank", "rank": 5}}})
+    one, both = (count_cost(config, means).activity[0] for means in ([2.0, 0.0], [2.0, 3.0]))
+    assert both.experts_per_token == 2.5 and both.parameters - one.parameters == 3 * 3 * 32 * 24
+    assert count_cost(config, [2.0, 2.0]).activity == count_cost(config, 2.0).activity
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"experts_per_token": 9}, {"experts_per_token": -1}, {"experts_per_token": [1, 9]}, {"sequence_length": 0}],
+)
 def test_impossible_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         count_cost(tiny_config(), **arguments)

@@ -6,7 +6,12 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from dynmoe_hf.analysis.plots import plot_experts_over_training, plot_experts_per_layer, plot_time_over_experts
+from dynmoe_hf.analysis.plots import (
+    plot_experts_over_training,
+    plot_experts_per_layer,
+    plot_quality_over_experts,
+    plot_time_over_experts,
+)
 
 HISTORY = [
     {"step": 10, "loss": 3.0, "experts_per_token": 3.5},
@@ -81,6 +86,18 @@ def test_time_over_experts(saved, tmp_path):
     (axes,) = saved[0].axes
     assert "Milliseconds" in axes.get_ylabel() and axes.get_ylim()[0] == 0
     assert [text.get_text() for text in saved[0].legends[0].get_texts()] == list(times)
+
+
+def test_quality_over_experts(saved, tmp_path):
+    points = {"piqa": [(2.0, 0.6, 0.05), (1.0, 0.5, 0.04)], "boolq": [(1.5, 0.7, 0.0)]}
+    plot_quality_over_experts(points, tmp_path / "d.png", "acc")
+    assert (tmp_path / "d.png").read_bytes().startswith(PNG)
+    (axes,) = saved[0].axes
+    drawn = {bars.get_label(): list(zip(*bars.lines[0].get_data(), strict=True)) for bars in axes.containers}
+    assert drawn == {"piqa": [(1.0, 0.5), (2.0, 0.6)], "boolq": [(1.5, 0.7)]}
+    ((low, high),) = [segment[:, 1] for segment in axes.containers[1].lines[2][0].get_segments()]
+    assert low == high == 0.7
+    assert axes.get_ylabel() == "acc" and axes.get_xlim()[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -174,9 +174,8 @@ def load_tasks(
     for name in dict.fromkeys(chain.from_iterable(_known(manager, name) for name in names)):
         try:
             loaded = manager.load(name)
-        except (
-            Exception
-        ) as error:  # what the libraries behind it raise without network or for a broken file is anything
+        # What the libraries behind it raise without network, or for a broken file, is anything.
+        except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ValueError(
                 f"cannot load the data of task {name!r}: {reason}. Without network, --include-path names a folder of "

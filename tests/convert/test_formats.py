@@ -164,7 +164,8 @@ def test_dtype_and_companions(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"):
         (tmp_path / "theirs" / name).write_text(f"content of {name}")
     report = convert(tmp_path / "theirs", tmp_path / "ours", dtype="bfloat16")
-    assert 0 < report.comparison.max_difference < 0.5
+    # Rounded weights may turn the choice of an expert, and then the difference of a token is large.
+    assert report.comparison.max_difference > 0 and report.comparison.argmax_agreement > 0.9
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "ours").values()} == {torch.bfloat16}
     ours, source = contents(tmp_path / "ours"), contents(tmp_path / "theirs")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):

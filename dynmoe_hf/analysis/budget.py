@@ -6,15 +6,14 @@ hidden size, `W` width of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import nn
 
-from .cost import Cost, count_cost
+from .cost import Cost, build_on_meta, count_cost, num_parameters
 
 if TYPE_CHECKING:
     from dynmoe_hf import DynMoeConfig
@@ -154,17 +153,9 @@ def count_memory(config: DynMoeConfig, run: Run) -> Memory:
     )
 
 
-def build_on_meta(config: DynMoeConfig) -> DynMoeForCausalLM:
-    """The language model of a configuration, without memory for its weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
 def _weight_copies(model: DynMoeForCausalLM, run: Run) -> int:
-    layers = [_num_parameters([layer]) for layer in model.model.layers]
-    experts = [_num_parameters(block.experts for block in _blocks(layer)) for layer in model.model.layers]
+    layers = [num_parameters(layer) for layer in model.model.layers]
+    experts = [num_parameters(*(block.experts for block in _blocks(layer))) for layer in model.model.layers]
     outside = model.lm_head.weight.numel()
     if run.layout == "sharded":
         return _product_bytes(run) * (3 * max(layers) + 2 * outside)
@@ -260,10 +251,6 @@ def _blocks(layer: DynMoeDecoderLayer) -> list[DynMoeBlock]:
 
 def _product_bytes(run: Run) -> int:
     return 2 if run.bf16 else 4
-
-
-def _num_parameters(modules: Iterable[nn.Module]) -> int:
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,6 @@ def count_cost(
     Raises:
         ValueError: if one of these is out of range.
     """
-    from transformers import AutoModelForCausalLM
-
     sequence_length = config.max_position_embeddings if sequence_length is None else sequence_length
     if sequence_length < 1:
         raise ValueError(f"sequence_length must be at least 1, got {sequence_length}.")
@@ -99,8 +97,7 @@ def count_cost(
         raise ValueError(
             f"experts_per_token must be between 0 and num_experts ({config.num_experts}), got {experts_per_token}."
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = build_on_meta(config)
     layers, blocks = model.model.layers, model.moe_blocks()
     parameters = _count_parts(model)
     expert_sizes = [_routed_size(block) for block in blocks]
@@ -132,37 +129,45 @@ def count_cost(
     )
 
 
+def build_on_meta(config: DynMoeConfig) -> DynMoeForCausalLM:
+    """The language model of a configuration, without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def _count_parts(model: DynMoeForCausalLM) -> dict[str, int]:
     counts = dict.fromkeys(PARTS, 0)
-    counts["embedding"] = _num_parameters(model.model.embed_tokens)
-    counts["norms"] = _num_parameters(model.model.norm)
-    counts["router"] = _num_parameters(model.model.shared_scorers)
+    counts["embedding"] = num_parameters(model.model.embed_tokens)
+    counts["norms"] = num_parameters(model.model.norm)
+    counts["router"] = num_parameters(model.model.shared_scorers)
     if model.lm_head.weight is not model.model.embed_tokens.weight:
-        counts["head"] = _num_parameters(model.lm_head)
+        counts["head"] = num_parameters(model.lm_head)
     for layer in model.model.layers:
-        counts["attention"] += _num_parameters(layer.self_attn)
-        counts["norms"] += _num_parameters(layer.input_layernorm, layer.post_attention_layernorm)
+        counts["attention"] += num_parameters(layer.self_attn)
+        counts["norms"] += num_parameters(layer.input_layernorm, layer.post_attention_layernorm)
         if not layer.is_sparse:
-            counts["dense"] += _num_parameters(layer.mlp)
+            counts["dense"] += num_parameters(layer.mlp)
             continue
         if layer.is_cartesian:
-            counts["norms"] += _num_parameters(layer.mlp.inner_norm)
+            counts["norms"] += num_parameters(layer.mlp.inner_norm)
     for block in model.moe_blocks():
-        counts["router"] += _num_parameters(block.gate, block.selector)
-        counts["experts"] += _num_parameters(block.experts)
+        counts["router"] += num_parameters(block.gate, block.selector)
+        counts["experts"] += num_parameters(block.experts)
         if block.output_bias is not None:
             counts["experts"] += block.output_bias.numel()
         if block.shared_experts is not None:
-            counts["shared_experts"] += _num_parameters(block.shared_experts)
+            counts["shared_experts"] += num_parameters(block.shared_experts)
         if block.shared_expert_gate is not None:
-            counts["shared_experts"] += _num_parameters(block.shared_expert_gate)
+            counts["shared_experts"] += num_parameters(block.shared_expert_gate)
     return counts
 
 
 def _routed_size(block: DynMoeBlock) -> int:
     """Parameters of one expert that only the tokens that use it need."""
     always = block.experts.gate_down_proj.numel() if block.gate.reads_norms else 0
-    return (_num_parameters(block.experts) - always) // block.experts.num_experts
+    return (num_parameters(block.experts) - always) // block.experts.num_experts
 
 
 def _notes(blocks: list[DynMoeBlock]) -> tuple[str, ...]:
@@ -202,7 +207,8 @@ def _attention_flops(layer: DynMoeDecoderLayer, sequence_length: int) -> int:
     return products * 2 * attention.config.num_attention_heads * attention.head_dim * keys
 
 
-def _num_parameters(*modules: nn.Module) -> int:
+def num_parameters(*modules: nn.Module) -> int:
+    """Parameters of all modules together."""
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 

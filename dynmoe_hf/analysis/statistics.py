@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, distributed
 
-from dynmoe_hf.model.routing import Routing, real_tokens
+from dynmoe_hf.model.routing import Routing, is_distributed, real_tokens
 
 if TYPE_CHECKING:
     from dynmoe_hf.model import DynMoePreTrainedModel
@@ -143,7 +143,7 @@ class RoutingStatistics:
         sums = self._sums[mode] or self._zeros(self.model.device)
         self.reset(mode)
         flat = torch.cat([value.flatten() for value in sums.values()])
-        if distributed.is_available() and distributed.is_initialized():
+        if is_distributed():
             distributed.all_reduce(flat)
         parts = flat.cpu().split([value.numel() for value in sums.values()])
         total = dict(zip(sums, parts, strict=True))

@@ -18,6 +18,7 @@ from torch import Tensor, distributed, nn
 from transformers import initialization as init
 
 from .buffers import KeepsBufferDtype
+from .routing import is_distributed
 
 MAX_GAIN = 1e6
 CALLS_WITHOUT_UPDATE = 1000  # more than anyone accumulates
@@ -119,7 +120,7 @@ class BudgetController(KeepsBufferDtype):
             device = self.integral.device
             counts = torch.zeros(len(self.initial) + 1, dtype=_count_dtype(device), device=device)
         self.forget()
-        if distributed.is_available() and distributed.is_initialized():
+        if is_distributed():
             distributed.all_reduce(counts)
         *used, num_tokens = counts.tolist()
         return None if num_tokens == 0 else self.step([number / num_tokens for number in used])

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from .routing import Routing
+from .routing import Routing, is_distributed
 
 BalanceScope = Literal["sequence", "micro", "global"]
 AuxReduction = Literal["mean", "sum", "pooled"]
@@ -88,7 +88,7 @@ def usage_of_all_processes(usage: Tensor, weights: TokenWeights) -> Tensor:
 
     Under `torch.distributed` every process must call it.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_distributed():
         return usage
     sums = torch.cat([weights.num_labels * usage.flatten(), weights.num_labels[None]])
     distributed.all_reduce(sums)

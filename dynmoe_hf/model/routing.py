@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, distributed
 
 MAX_WIDTH = 2**20  # of an FFN or a router
 MAX_FACTOR = 1e6  # of a number that scales others: a few of them multiplied stay finite in float32
@@ -94,6 +94,11 @@ def real_tokens(attention_mask: Tensor | None, batch_size: int, sequence_length:
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -sequence_length:].to(torch.bool).expand(batch_size, -1)
+
+
+def is_distributed() -> bool:
+    """Whether there are other processes that this one can exchange numbers with."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

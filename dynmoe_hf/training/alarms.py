@@ -11,6 +11,7 @@ from torch import distributed
 
 from dynmoe_hf.analysis.statistics import RoutingSummary
 from dynmoe_hf.model.methods import RoutingSpec
+from dynmoe_hf.model.routing import is_distributed
 
 if TYPE_CHECKING:
     from dynmoe_hf.model import DynMoePreTrainedModel
@@ -123,7 +124,7 @@ class RoutingAlarms:
             if (name, router) in self._told:
                 continue
             self._told.add((name, router))
-            if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
+            if is_distributed() and distributed.get_rank():
                 continue
             block = blocks[router]
             place = f"layer {block.layer_idx}" + ("" if block.bank is None else f", bank {block.bank}")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, distributed
 from transformers import Trainer
 
+from dynmoe_hf.model.routing import is_distributed
+
 
 class GlobalBalanceTrainer(Trainer):
     """The Trainer, with the usage of experts that `balance_scope="global"` balances by under gradient accumulation.
@@ -40,7 +42,7 @@ class GlobalBalanceTrainer(Trainer):
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 usage += self.model_wrapped(**inputs, num_items_in_batch=num_items).expert_usage.to(usage.device)
-        if distributed.is_available() and distributed.is_initialized():
+        if is_distributed():
             distributed.all_reduce(usage)
             if not self.args.average_tokens_across_devices:  # then every process counts shares of its own labels
                 usage /= distributed.get_world_size()
